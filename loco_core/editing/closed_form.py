@@ -1,0 +1,225 @@
+"""The closed-form edit: one small linear solve, one map for every layer that reads the text.
+
+A text layer reads a token embedding c through a projection W (``to_k`` or ``to_v``). To make it
+read c as if it were g, LocoEdit (arXiv 2405.01008) and UCE (arXiv 2308.14761) minimise, over the
+rows (c_i, g_i) with weights s_i,
+
+    sum_i s_i ||W' c_i - W g_i||^2 + lam ||W' - W||^2                                           (1)
+
+whose textbook solution inverts a d x d matrix for every W. The push-through identity gives the
+same minimum from a k x k matrix, k the number of rows:
+
+    W' = W + (W D) R,    D = (G - C)^T,    R = M C,    M = (lam S^-1 + C C^T)^-1                (2)
+
+D and R do not depend on W: the map T = I + D R is the same for every layer. A row to be preserved
+is mapped to itself (g = c), so its column of D is zero and is dropped: the rank is at most the
+number of *edited* rows. All of it is float64 linear algebra and knows nothing about diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+__all__ = ["LowRankMap", "fit"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankMap:
+    """The map T = I + D R of equation (2): it edits a weight W [out, d] to W T = W + (W D) R.
+
+    D: [d, n], R: [n, d], both float64 on the CPU and finite. Two maps are equal when their factors
+    are, bit for bit.
+
+    >>> import torch
+    >>> swap = fit(torch.eye(3)[:1], torch.eye(3)[1:2], lam=0.0)   # read token 0 as token 1
+    >>> swap.apply_to(torch.tensor([[5.0, 7.0, 9.0]]))
+    tensor([[7., 7., 9.]])
+    """
+
+    D: Tensor
+    R: Tensor
+
+    def __post_init__(self) -> None:
+        for name, factor in (("D", self.D), ("R", self.R)):
+            if factor.ndim != 2 or factor.dtype != torch.float64 or factor.device.type != "cpu":
+                raise ValueError(
+                    f"LowRankMap: {name} must be a float64 matrix on the CPU, but is "
+                    f"{factor.dtype} {list(factor.shape)} on {factor.device}"
+                )
+            if not factor.isfinite().all():
+                raise ValueError(f"LowRankMap: {name} holds NaN or infinite values")
+        if self.D.shape != self.R.T.shape:
+            raise ValueError(
+                f"LowRankMap: D [d, n] and R [n, d] must agree, but D is {list(self.D.shape)} "
+                f"and R is {list(self.R.shape)}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LowRankMap):
+            return NotImplemented
+        return torch.equal(self.D, other.D) and torch.equal(self.R, other.R)
+
+    def __hash__(self) -> int:
+        return hash((self.D.shape, self.R.sum().item()))
+
+    @property
+    def width(self) -> int:
+        """d, the number of columns of the weights that this map edits."""
+        return self.D.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank of D R = T - I: at most n, the number of edited rows.
+
+        Singular values below max(d, n) * eps of the largest count as zero. 0 is the identity.
+        """
+        # D R has the singular values of the small core of two QR factorisations.
+        core = torch.linalg.qr(self.D).R @ torch.linalg.qr(self.R.T).R.T
+        return int(torch.linalg.matrix_rank(core, rtol=_cutoff(self.D)))
+
+    @torch.no_grad()
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change (W D) R [out, d] of a weight W [out, d], in float64 on the weight's device.
+
+        Raises ValueError unless W is a matrix with `width` columns.
+        """
+        exact, D, R = self._aligned(weight)
+        return (exact @ D @ R).to(weight.device)
+
+    @torch.no_grad()
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """The edited weight W + (W D) R: a new tensor of W's shape, dtype and device.
+
+        Computed in float64 and rounded once. Raises ValueError unless W is a matrix with `width`
+        columns.
+        """
+        exact, D, R = self._aligned(weight)
+        return torch.addmm(exact, exact @ D, R).to(weight.device, weight.dtype)
+
+    def _aligned(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if weight.ndim != 2 or weight.shape[1] != self.width:
+            raise ValueError(
+                f"this map edits weights of shape [out, {self.width}], not {list(weight.shape)}: "
+                "it was fitted to embeddings of another width"
+            )
+        if weight.device.type == "mps":  # has no float64
+            weight = weight.cpu()
+        device = weight.device
+        return weight.double(), self.D.to(device), self.R.to(device)
+
+
+@torch.no_grad()
+def fit(
+    keys: Tensor,
+    targets: Tensor,
+    lam: float,
+    weights: Tensor | None = None,
+    preserve: Tensor | None = None,
+) -> LowRankMap:
+    """The map that makes every layer read `keys` as `targets`: equations (1) and (2) above.
+
+    keys C and targets G: [n, d]; row i of G is what row i of C shall be read as. lam >= 0 is the
+    price of moving the weight, in units of squared key length; at lam = 0 every row is met exactly,
+    by the smallest possible change. weights s: [n], or [n + p] to weigh the preserved rows too
+    (default: 1); >= 0, and a weight of 2 equals the row twice. preserve: [p, d], rows held where
+    they are. Any dtype and device; the solve is k x k, k = n + p, in float64 on the CPU.
+
+    Raises ValueError for shapes that do not match, NaN or infinite values, a negative lam or
+    weight, and for lam = 0 when linearly dependent keys ask for contradicting targets.
+
+    >>> import torch
+    >>> keys, targets = torch.randn(2, 8), torch.randn(2, 8)
+    >>> edit = fit(keys, targets, lam=0.0)
+    >>> W = torch.randn(4, 8)
+    >>> torch.allclose(edit.apply_to(W) @ keys.T, W @ targets.T, atol=1e-4)
+    True
+    """
+    if not (isinstance(lam, Real) and math.isfinite(lam) and lam >= 0):
+        raise ValueError(f"lam must be a finite number >= 0, not {lam!r}; the papers use 0.01")
+    C, G = _rows("keys", keys), _rows("targets", targets)
+    if C.shape != G.shape:
+        raise ValueError(
+            f"keys and targets must pair row by row, but keys is {list(C.shape)} and targets "
+            f"is {list(G.shape)}"
+        )
+    n, d = C.shape
+    if n == 0:
+        raise ValueError("keys is empty: give at least one row to edit")
+    D = (G - C).T.contiguous()
+    if preserve is not None:
+        kept = _rows("preserve", preserve)
+        if kept.shape[1] != d:
+            raise ValueError(f"preserve must have the keys' width {d}, but is {list(kept.shape)}")
+        C = torch.cat([C, kept])
+    # Row weights enter as A = sqrt(S) C: M C = sqrt(S) (lam I + A A^T)^-1 A, which allows s = 0.
+    root = _row_weights(weights, n, len(C)).sqrt()[:, None]
+    R = (root * _regularised_inverse(root * C, float(lam)))[:n].contiguous()
+    if lam == 0:
+        _check_interpolates(D, R, C, counted=root[:, 0] > 0)
+    return LowRankMap(D, R)
+
+
+def _regularised_inverse(A: Tensor, lam: float) -> Tensor:
+    """(lam I + A A^T)^-1 A [k, d]; at lam = 0, the transposed pseudo-inverse of A [k, d]."""
+    gram = A @ A.T
+    gram.diagonal().add_(lam)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    # The squared ratio of pivots bounds the condition from below. Beyond 1e8 the Gram matrix has
+    # lost half of float64's digits; the SVD of A has not squared the condition: a quarter.
+    if not failed and lam > 0 and pivots.min() > 1e-4 * pivots.max():
+        return torch.cholesky_solve(A, factor)
+    U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    known = sigma > _cutoff(A) * sigma.max()
+    gain = torch.where(known, sigma / (sigma.square() + lam), 0.0)
+    return (U * gain) @ Vh
+
+
+def _check_interpolates(D: Tensor, R: Tensor, C: Tensor, counted: Tensor) -> None:
+    """Raise unless T c_i = g_i: (D R) c_i is g_i - c_i for edited rows and 0 for preserved ones."""
+    n = D.shape[1]
+    wanted = torch.zeros_like(C)
+    wanted[:n] = D.T
+    missed = (C @ R.T @ D.T - wanted).norm(dim=1) * counted
+    worst = int(missed.argmax())
+    if missed[worst] > 1e-6 * max(wanted.norm(dim=1).max().item(), 1e-300):
+        kind = f"keys[{worst}]" if worst < n else f"preserve[{worst - n}]"
+        raise ValueError(
+            f"lam=0 asks for every row exactly, but {kind} is a linear combination of other rows "
+            f"whose targets contradict it (missed by {missed[worst]:.3g}): drop the row or use "
+            "lam > 0, such as 0.01"
+        )
+
+
+def _cutoff(A: Tensor) -> float:
+    return max(A.shape) * torch.finfo(A.dtype).eps
+
+
+def _rows(name: str, rows: Tensor) -> Tensor:
+    if rows.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix, one row a token, but has shape {list(rows.shape)}"
+        )
+    rows = rows.detach().to("cpu", torch.float64)
+    bad = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{name} holds NaN or infinite values in rows {bad}")
+    return rows
+
+
+def _row_weights(weights: Tensor | None, n: int, k: int) -> Tensor:
+    """The k row weights; preserved rows weigh 1 unless given."""
+    if weights is None:
+        return torch.ones(k, dtype=torch.float64)
+    s = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if s.ndim != 1 or len(s) not in (n, k):
+        choices = f"[{n}]" if n == k else f"[{n}] (keys) or [{k}] (keys, then preserve)"
+        raise ValueError(f"weights must have shape {choices}, not {list(s.shape)}")
+    if not (s.isfinite() & (s >= 0)).all():
+        raise ValueError(f"weights must be finite and >= 0, not {s.tolist()}")
+    return torch.cat([s, torch.ones(k - len(s), dtype=torch.float64)])
