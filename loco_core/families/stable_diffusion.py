@@ -1,0 +1,77 @@
+"""Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder.
+
+Text enters only through the cross-attention (`attn2`) of the transformer blocks, 16 of them in the
+published models, and every layer reads the same text states.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import (
+    Family,
+    TextLayer,
+    TextStates,
+    checked_prompts,
+    config_key,
+    linear,
+    plain,
+    record_text_layers,
+)
+
+
+class StableDiffusion(Family):
+    """`diffusers.StableDiffusionPipeline` and its subclasses."""
+
+    name = "stable-diffusion"
+
+    def owns(self, pipe: Any) -> bool:
+        from diffusers import StableDiffusionPipeline
+
+        return isinstance(pipe, StableDiffusionPipeline)
+
+    def denoiser(self, pipe: Any) -> nn.Module:
+        return pipe.unet
+
+    def text_layers(self, pipe: Any) -> tuple[TextLayer, ...]:
+        unet = plain(pipe.unet)
+        return _layers(type(unet), config_key(unet))
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
+        prompts = checked_prompts(prompts)
+        with torch.no_grad():
+            embeds, _ = pipe.encode_prompt(
+                prompts, pipe._execution_device, 1, do_classifier_free_guidance=False
+            )
+        return TextStates(embeds, self.tokenize(pipe, prompts))
+
+    def kv(self, pipe: Any, layer: TextLayer) -> dict[str, nn.Linear]:
+        module = self.attention(pipe, layer)
+        return {name: linear(module, layer, name) for name in ("to_k", "to_v")}
+
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        size = pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return pipe.unet.config.in_channels, height, width
+
+    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
+        return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
+
+    def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
+        guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+        return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)
+
+
+@lru_cache(maxsize=64)
+def _layers(unet_class: type, key: str) -> tuple[TextLayer, ...]:
+    with torch.device("meta"):
+        unet = unet_class.from_config(json.loads(key))
+        config = unet.config
+        side = 2 ** len(config.block_out_channels)
+        sample = torch.empty(1, config.in_channels, side, side)
+        text = torch.empty(1, 1, config.cross_attention_dim)
+        return record_text_layers(unet, sample, torch.zeros(()), encoder_hidden_states=text)
