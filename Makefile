@@ -1,0 +1,36 @@
+# make book     set up .venv, execute every notebook on PROFILE, build the book
+# make test     set up .venv, run the whole test suite
+# make execute  execute the notebooks only;   make lab  open them live;   make clean  forget all builds
+PYTHON  ?= python3.11
+PROFILE ?= mini
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+NBVAL  := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
+
+# A half-written target (an interrupted install) must not look finished.
+.DELETE_ON_ERROR:
+.PHONY: book html execute test lab clean
+
+book: execute html
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	touch $@
+
+execute: $(STAMP)
+	$(PY) -m tools.execute --profile $(PROFILE)
+
+html: $(STAMP)
+	$(PY) -m tools.build_book
+
+test: $(STAMP)
+	$(PY) -m pytest $(NBVAL) --ignore-glob='*.FAILED.ipynb' tests notebooks
+
+lab: $(STAMP)
+	$(PY) -m jupyter lab notebooks
+
+clean:
+	rm -rf _build $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info notebooks/*.FAILED.ipynb

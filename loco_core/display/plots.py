@@ -1,0 +1,132 @@
+"""Figures: the score of every window, and images side by side.
+
+Functions return a matplotlib Figure that is already closed in pyplot, so that a notebook shows it
+once, as the value of its cell.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+CURVE, FOUND, TRUTH = sns.color_palette("colorblind", 3)
+
+
+def score_curve(
+    scores: ArrayLike,
+    low: ArrayLike | None = None,
+    high: ArrayLike | None = None,
+    *,
+    found: int | None = None,
+    planted: int | None = None,
+    ylabel: str = "CLIP-Score",
+    title: str = "",
+) -> Figure:
+    """Score a_j against window start j, LocoGen's figure (arXiv 2405.01008, section 4).
+
+    scores: [window], the mean over prompts and seeds; low, high: [window], the 95 % interval, drawn
+    as a band. found: the window LocoGen chose; planted: the window that holds the truth.
+
+        figure = score_curve([30.0, 21.5, 29.8], [29, 20, 29], [31, 23, 31], found=1)
+    """
+    a = _vector("scores", scores)
+    with sns.axes_style("whitegrid"):
+        figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    window = np.arange(len(a))
+    if (low is None) != (high is None):
+        raise ValueError("score_curve: give both low and high, the ends of the interval, or neither")
+    if low is not None and high is not None:
+        band = _vector("low", low, len(a)), _vector("high", high, len(a))
+        axis.fill_between(window, *band, color=CURVE, alpha=0.2, label="95 % interval")
+    axis.plot(window, a, color=CURVE, marker="o", label="mean")
+    for value, color, line, name in (
+        (planted, TRUTH, "-", "planted"),
+        (found, FOUND, "--", "found"),
+    ):
+        if value is None:
+            continue
+        if not 0 <= value < len(a):
+            raise ValueError(f"score_curve: {name}={value} is not a window; choose 0..{len(a) - 1}")
+        axis.axvline(value, color=color, linestyle=line, label=f"{name}: {value}")
+    axis.set(xlabel="window (index of its first text layer)", ylabel=ylabel, title=title)
+    axis.set_xticks(window)
+    axis.legend(loc="best")
+    plt.close(figure)
+    return figure
+
+
+def image_grid(
+    images: ArrayLike,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    inches: float = 1.0,
+) -> Figure:
+    """Labelled images: [row, column, 3, H, W] in [0, 1] (or [column, 3, H, W]: one row).
+
+    Pixels stay crisp: an image is enlarged by whole blocks, never smoothed.
+
+        figure = image_grid(np.zeros((2, 3, 3, 64, 64)), rows=["before", "after"])
+    """
+    grid = np.asarray(images, dtype=np.float64)
+    grid = grid[None] if grid.ndim == 4 else grid
+    if grid.ndim != 5 or grid.shape[2] != 3 or 0 in grid.shape:
+        raise ValueError(
+            f"image_grid: expected [row, column, 3, H, W] or [column, 3, H, W], got {grid.shape}"
+        )
+    count_rows, count_columns = grid.shape[:2]
+    for name, labels, count in (("rows", rows, count_rows), ("columns", columns, count_columns)):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"image_grid: {len(labels)} {name} labels for {count} {name}")
+    size = (count_columns * inches + (1.2 if rows else 0), count_rows * inches + 0.5)
+    figure, axes = plt.subplots(
+        count_rows, count_columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    for (row, column), axis in np.ndenumerate(axes):
+        pixels = grid[row, column].transpose(1, 2, 0).clip(0, 1)
+        axis.imshow(pixels, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if rows and column == 0:
+            axis.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=8)
+        if columns and row == 0:
+            axis.set_title(columns[column], fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    plt.close(figure)
+    return figure
+
+
+def contact_sheet(images: ArrayLike, columns: int | None = None, gap: int = 2) -> NDArray:
+    """One image [3, H', W'] out of many [..., 3, H, W], row by row, white gaps of `gap` pixels.
+
+    columns: images in a row; by default all of them, in one row.
+
+        contact_sheet(np.zeros((6, 3, 64, 64)), columns=3).shape  # (3, 130, 196)
+    """
+    tiles = np.asarray(images, dtype=np.float64)
+    if tiles.ndim < 3 or tiles.shape[-3] != 3 or 0 in tiles.shape:
+        raise ValueError(f"contact_sheet: expected [..., 3, H, W], got {tiles.shape}")
+    tiles = tiles.reshape(-1, *tiles.shape[-3:])
+    columns = len(tiles) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"contact_sheet: columns={columns}; give at least 1")
+    count_rows = -(-len(tiles) // columns)
+    height, width = tiles.shape[-2:]
+    sheet = np.ones((3, count_rows * (height + gap) - gap, columns * (width + gap) - gap))
+    for index, tile in enumerate(tiles):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        sheet[:, top : top + height, left : left + width] = tile
+    return sheet
+
+
+def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or not len(vector) or (length is not None and len(vector) != length):
+        expected = "a non-empty vector" if length is None else f"{length} values, one per window"
+        raise ValueError(f"score_curve: {name} has shape {vector.shape}, expected {expected}")
+    return vector

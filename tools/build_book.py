@@ -1,0 +1,44 @@
+"""Build the book from the published runs, warnings fatal, and check its links.
+
+    python -m tools.build_book [--output _build]
+
+Executes nothing: notebooks are rendered as `tools.execute` published them.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.linkcheck import check_site
+from tools.profiles import ROOT
+
+
+def build(output: Path, root: Path = ROOT) -> Path:
+    """Build into `output`/_build/html and return its index.html; CalledProcessError on a warning."""
+    command = Path(sys.executable).with_name("jupyter-book")
+    options = ["--all", "-W", "--keep-going", "--quiet", "--path-output", str(output)]
+    subprocess.run([command, "build", str(root), *options], check=True)
+    return output / "_build" / "html" / "index.html"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, check, and say where the book is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT, help="folder that gets _build/")
+    options = parser.parse_args(arguments)
+    try:
+        index = build(options.output)
+    except subprocess.CalledProcessError:
+        print("error: the book did not build cleanly, see the warnings above", file=sys.stderr)
+        return 1
+    problems = check_site(index.parent)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"The book is ready: {index}")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
