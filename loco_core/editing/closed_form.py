@@ -86,10 +86,11 @@ class LowRankMap:
     def delta(self, weight: Tensor) -> Tensor:
         """The change (W D) R [out, d] of a weight W [out, d], in float64 on the weight's device.
 
-        Raises ValueError unless W is a matrix with `width` columns.
+        A device without float64 gets it from the CPU. Raises ValueError unless W is a matrix with
+        `width` columns.
         """
         exact, D, R = self._aligned(weight)
-        return (exact @ D @ R).to(weight.device)
+        return exact @ D @ R
 
     @torch.no_grad()
     def apply_to(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""Which weights of a pipeline can be edited, and how one set of them is told from another.
+
+A weight is named from the pipeline down: "unet.mid_block. ... .attn2.to_k.weight".
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.base import plain
+from ..records import model_name
+
+
+def module_of(pipe: Any, name: str) -> nn.Module:
+    """The module that holds the weight `name`. Raises ValueError if the pipeline has none."""
+    component, _, path = name.removesuffix(".weight").partition(".")
+    try:
+        return plain(getattr(pipe, component)).get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"this {model_name(pipe)} has no weight {name}: the edit is for another model"
+        ) from None
+
+
+def linear_of(pipe: Any, name: str) -> nn.Linear:
+    """The linear module whose weight is `name`.
+
+    Raises ValueError with the reason and the fix if it cannot be edited: fused, wrapped by an
+    adapter, quantised or offloaded.
+    """
+    module = module_of(pipe, name)
+    owner = module_of(pipe, name.removesuffix(".weight").rpartition(".")[0])
+    if getattr(owner, "fused_projections", False):
+        raise ValueError(
+            f"{name} is fused with its neighbours and no longer read: call "
+            "pipe.unfuse_qkv_projections() first"
+        )
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            f"{name} is wrapped by a LoRA adapter: call pipe.unload_lora_weights() first"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or type(weight) is not nn.Parameter:
+        raise ValueError(
+            f"{name} belongs to a {type(module).__name__} and holds a {type(weight).__name__}: "
+            "only a plain nn.Linear can be edited; load the pipeline unquantised"
+        )
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(f"{name} is quantised to {weight.dtype}: load the pipeline unquantised")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} is offloaded: load the pipeline without sequential CPU offload")
+    return module
+
+
+@torch.no_grad()
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values rounded to float16.
+
+    So a model loaded in float16, float32 or float64, on any device, has one fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
