@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 class Provenance:
     """Where a result came from: everything needed to make it again.
 
-    model: Hub id or folder name. revision: Hub revision, if one was named. fingerprint: of the
-    model's weights. settings: prompts, seeds, steps, ... (JSON values). versions: of the libraries.
+    model: Hub id or folder name. revision: Hub commit, or None. fingerprint: of the weights.
+    settings: prompts, seeds, steps, ... (JSON values). versions: of the libraries.
     """
 
     model: str
@@ -45,7 +46,7 @@ def provenance(pipe: Any, **settings: Any) -> Provenance:
     parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
     return Provenance(
         model=model_name(pipe),
-        revision=pipe.config.get("_revision"),
+        revision=revision(pipe),
         fingerprint=fingerprint(nn.ModuleDict(parts)),
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
@@ -54,8 +55,17 @@ def provenance(pipe: Any, **settings: Any) -> Provenance:
 
 def model_name(pipe: Any) -> str:
     """The Hub id of a pipeline, or the last part of the folder it was loaded from."""
-    source = str(pipe.config.get("_name_or_path") or "")
-    return Path(source).name if Path(source).is_dir() else source or type(pipe).__name__
+    source = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def revision(pipe: Any) -> str | None:
+    """The Hub commit a pipeline's weights were downloaded at, or None for a local one."""
+    for part in pipe.components.values():
+        source = str(getattr(getattr(part, "config", None), "_name_or_path", None))
+        if found := re.search(r"\bsnapshots\W([0-9a-f]{40})\b", source):
+            return found[1]
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -119,7 +129,7 @@ def _write_all(files: Mapping[Path, bytes]) -> None:
 def save_record(
     folder: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write `<kind>.json` (header: JSON values) and `<kind>.safetensors` to `folder`, atomically."""
+    """Write `<kind>.json` (header: JSON values) and `<kind>.safetensors`, whole or not at all."""
     from safetensors.torch import save
 
     blob = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
@@ -153,6 +163,60 @@ def load_record(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
             f"make the {kind} again"
         )
     return header, load(blob)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Finished parts of a long computation in a folder: a run that was killed goes on from there.
+
+    `run.json` says what is computed; a folder that holds another computation is refused.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: str | Path, pipe: Any, **settings: Any) -> "Parts":
+        """The parts of the computation with `settings` (JSON values) on the pipeline `pipe`."""
+        wanted, path = dataclasses.asdict(provenance(pipe, **settings)), Path(folder) / "run.json"
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                flat, asked = ({**run, **run["settings"]} for run in (found, wanted))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error!r}): name an empty folder") from None
+            other = sorted(k for k in flat.keys() | asked.keys() if flat.get(k) != asked.get(k))
+            if other:
+                raise ValueError(
+                    f"{folder} holds another run, which differs in {', '.join(other)}: "
+                    "name an empty folder, or repeat that run"
+                )
+        else:
+            atomic_write(path, json.dumps(wanted, indent=1, sort_keys=True).encode())
+        return cls(Path(folder))
+
+    def read(self, number: int) -> Tensor | None:
+        """Part `number`, or None if it is not finished."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self._path(number)
+        if not path.is_file():
+            return None
+        try:
+            return load(path.read_bytes())["part"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete it, and it is made again"
+            ) from None
+
+    def write(self, number: int, part: Tensor) -> None:
+        """Keep a finished part."""
+        from safetensors.torch import save
+
+        atomic_write(self._path(number), save({"part": part.contiguous()}))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
 
 
 def same(a: Any, b: Any) -> bool:

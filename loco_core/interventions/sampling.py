@@ -1,0 +1,173 @@
+"""Seeded images of a pipeline, in batches, under any routing of its text.
+
+The pipeline itself is called, with its own scheduler, image size and decoder, so one that was
+subclassed keeps working. Row by row the noise comes from a CPU generator of its own: an image does
+not depend on the batch it was made in, nor on the device or the dtype its noise is used in.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import records
+from .._progress import bar
+from ..families import TextStates, family_of
+from ..families.base import checked_prompts
+from .routing import checked_map, routed
+
+
+@torch.no_grad()
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Iterable[int] = (0,),
+    steps: int = 25,
+    guidance: float = 7.5,
+    *,
+    routes: Tensor | Sequence[Sequence[int]] | None = None,
+    sources: Sequence[str] | None = None,
+    negative_prompt: str = "",
+    eta: float = 0.0,
+    batch_size: int = 16,
+    folder: str | Path | None = None,
+) -> Tensor:
+    """Images [prompt, seed, 3, H, W], float32 in [0, 1], on the CPU.
+
+    pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance. routes:
+    [prompt, layer] long: the image of prompt p reads, at text layer l, sources[routes[p, l]] (sources
+    are the prompts, unless named); only the conditional half of the batch is routed. eta: of DDIM. batch_size: images per call of the
+    pipeline (with guidance the denoiser sees twice as many rows). folder: each finished batch is
+    kept there, and a run that was killed goes on where it was; the result is the same.
+    Raises ValueError on an empty list of prompts, a seed given twice, bad steps or guidance, and a
+    folder that holds another run. The pipeline is left as it was.
+
+        images = loco.generate(loco.load("mini-sd"), ["a star"], seeds=range(4), steps=25)
+    """
+    family = family_of(pipe)
+    prompts, seeds = checked_prompts(prompts), checked_seeds(seeds)
+    _check_settings(pipe, steps, guidance, batch_size)
+    sources = prompts if sources is None else checked_prompts(sources)
+    unique = list(dict.fromkeys([*prompts, *sources]))
+    texts = family.encode(pipe, [*unique, negative_prompt])
+    place = torch.tensor([unique.index(p) for p in prompts])
+    if routes is not None:
+        routes = checked_map(routes, len(family.text_layers(pipe)), len(sources))
+        if len(routes) != len(prompts):
+            raise ValueError(
+                f"routes has {len(routes)} rows for {len(prompts)} prompts: give one row each"
+            )
+        routes = torch.tensor([unique.index(p) for p in sources])[routes]
+    cells = [(p, s) for p in range(len(prompts)) for s in seeds]
+    batches = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
+    settings = {
+        "texts": [unique[p] for p in place],
+        "routes": None if routes is None else [[unique[t] for t in row] for row in routes],
+        "seeds": seeds,
+        "steps": steps,
+        "guidance": guidance,
+        "negative_prompt": negative_prompt,
+        "eta": eta,
+        "batch_size": batch_size,
+        "dtype": str(texts.embeds.dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+    parts = None if folder is None else records.Parts.of(folder, pipe, **settings)
+    images = []
+    with _own_scheduler(pipe), bar(len(batches) * steps, "sampling", "step") as progress:
+        for number, batch in enumerate(batches):
+            made = None if parts is None else parts.read(number)
+            if made is None:
+                index = torch.tensor([p for p, _ in batch])
+                src = None if routes is None else routes[index]
+                made = _sample(
+                    pipe, texts, place[index], [s for _, s in batch], src, steps, guidance, eta,
+                    progress,
+                )  # fmt: skip
+                if parts is not None:
+                    parts.write(number, made)
+            else:
+                progress.update(steps)
+            images.append(made)
+    return torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
+
+
+def _sample(
+    pipe: Any,
+    texts: TextStates,
+    place: Tensor,
+    seeds: list[int],
+    src: Tensor | None,
+    steps: int,
+    guidance: float,
+    eta: float,
+    progress: Any,
+) -> Tensor:
+    """One batch: row b is texts[place[b]] with seeds[b]; the last text is the negative one."""
+    family = family_of(pipe)
+    shape = family.latent_shape(pipe)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    negative = texts[[-1] * len(seeds)]
+
+    def tick(pipe: Any, step: int, time: Any, state: dict) -> dict:
+        progress.update(min(1, progress.total - progress.n))
+        return state
+
+    rows = family.conditional_rows(pipe, len(seeds), guidance)
+    with nullcontext() if src is None else routed(pipe, texts, src, rows):
+        images = pipe(
+            **family.inputs(texts[place], negative),
+            latents=noise.to(texts.embeds),
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            eta=eta,
+            output_type="pt",
+            callback_on_step_end=tick,
+        ).images
+    return images.float().cpu()
+
+
+@contextmanager
+def _own_scheduler(pipe: Any) -> Iterator[None]:
+    """A copy of the scheduler to work with, and no bar of the pipeline's own."""
+    scheduler, bars = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
+    pipe.scheduler = copy.deepcopy(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        if bars is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bars
+
+
+def checked_seeds(seeds: Iterable[int]) -> list[int]:
+    """`seeds` as a list; refuses none at all, one given twice, and what is no whole number."""
+    seeds = list(seeds)
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed!r} is not a whole number from 0 on")
+    if not seeds:
+        raise ValueError("no seed is given: pass for example seeds=range(4)")
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        raise ValueError(f"seeds {twice} are given twice: an image would be counted twice")
+    return seeds
+
+
+def _check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:
+    most = pipe.scheduler.config.num_train_timesteps
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"steps {steps!r} is not a whole number from 1 to {most}")
+    if not isinstance(guidance, int | float) or not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance {guidance!r} is not a number from 0 on; 7.5 is usual")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size {batch_size!r} is not a whole number from 1 on")

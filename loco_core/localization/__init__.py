@@ -1,0 +1,1 @@
+"""FIND the layers that a concept enters through."""
