@@ -33,7 +33,7 @@ def linear_of(pipe: Any, name: str) -> nn.Linear:
     """
     module = module_of(pipe, name)
     owner = module_of(pipe, name.removesuffix(".weight").rpartition(".")[0])
-    if getattr(owner, "fused_projections", False):
+    if _fused(owner):
         raise ValueError(
             f"{name} is fused with its neighbours and no longer read: call "
             "pipe.unfuse_qkv_projections() first"
@@ -53,6 +53,14 @@ def linear_of(pipe: Any, name: str) -> nn.Linear:
     if weight.device.type == "meta":
         raise ValueError(f"{name} is offloaded: load the pipeline without sequential CPU offload")
     return module
+
+
+def _fused(attention: nn.Module) -> bool:
+    """Whether an attention module reads a fused copy of its projections."""
+    # The UNets' Attention keeps its flag after unfusing; there the processor tells.
+    flagged = getattr(attention, "fused_projections", False)
+    processor = type(getattr(attention, "processor", None)).__name__
+    return flagged and (hasattr(attention, "unfuse_projections") or "Fused" in processor)
 
 
 @torch.no_grad()
