@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..records import Provenance, atomic_write, model_name, same, versions
+from ..records import Provenance, atomic_write, model_name, revision, same, versions
 from .closed_form import LowRankMap
 from .weights import fingerprint, linear_of, module_of
 
@@ -233,7 +233,7 @@ def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> 
             )
     made = Provenance(
         model=model_name(pipe),
-        revision=pipe.config.get("_revision"),
+        revision=revision(pipe),
         fingerprint=fingerprint(weights),
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
