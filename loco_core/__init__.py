@@ -4,7 +4,8 @@ The public names are loaded on first use, so that `import loco_core as loco` sta
 
     import loco_core as loco
     pipe = loco.load("mini-sd")
-    found = loco.localize(pipe, loco.shapeland.concept("style", "Mira Dovell"), window=2)
+    concept = loco.shapeland.concept("style", loco.shapeland.ATTRIBUTES["style"][0])
+    found = loco.localize(pipe, concept, window=2)
     edit = loco.locoedit(pipe, concept, layers=found.layers)
     with edit.applied(pipe):
         images = loco.generate(pipe, ["a star"], seeds=range(4))

@@ -49,7 +49,7 @@ def load(
     with quiet_loading(local=folder is not None):
         from diffusers import DiffusionPipeline
 
-        options = {"torch_dtype": dtype, "variant": variant}
+        options = {"dtype": dtype, "variant": variant}
         if folder is None:
             options["revision"] = revision
             index = DiffusionPipeline.load_config(str(name), revision=revision)
@@ -113,7 +113,7 @@ def _shared_components(folder: Path, index: dict[str, Any], dtype: torch.dtype) 
         library, class_name = entry
         kind = getattr(importlib.import_module(library), class_name)
         found[component] = (
-            kind.from_pretrained(home, torch_dtype=dtype)
+            kind.from_pretrained(home, dtype=dtype)
             if issubclass(kind, nn.Module)
             else kind.from_pretrained(home)
         )

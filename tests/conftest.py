@@ -1,6 +1,7 @@
 """Tiny random pipelines of real diffusers classes, built from scratch in a second."""
 
-import json
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,26 +15,30 @@ TOKENS = 24
 
 def clip_tokenizer(tokens: int = TOKENS):
     """A CLIP BPE tokenizer learned from `CORPUS`: every word of it is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-        show_progress=False,
-    )
-    learner.train_from_iterator([CORPUS], trainer)
-    vocab = learner.get_vocab()
-    for letter in letters:
-        vocab.setdefault(letter + "</w>", len(vocab))
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    words = [[*word[:-1], word[-1] + "</w>"] for word in CORPUS.split()]
+    merges = []
+    while pairs := Counter(pair for word in words for pair in pairwise(word)):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = [merged(word, merges[-1]) for word in words]
+    pieces = [*letters, *(x + "</w>" for x in letters), *("".join(pair) for pair in merges)]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces]))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
+
+
+def merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """`word` with each occurrence of `pair` joined, from left to right."""
+    joined = []
+    for piece in word:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def text_settings(tokenizer) -> dict:

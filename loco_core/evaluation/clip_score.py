@@ -122,7 +122,5 @@ def _pixels(images: Tensor, clip: Clip) -> Tensor:
         images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
         images = images[..., top : top + size, left : left + size]
-    mean, std = (
-        torch.tensor(x, device=images.device)[:, None, None] for x in (clip.mean, clip.std)
-    )
+    mean, std = (images.new_tensor(x)[:, None, None] for x in (clip.mean, clip.std))
     return ((images - mean) / std).to(clip.model.dtype)

@@ -105,7 +105,7 @@ class Family:
                 f"the denoiser has no module {layer.name!r} (text layer {layer.index}): "
                 "take layers from loco.text_layers(pipe) of this pipeline"
             ) from None
-        if getattr(module, "fused_projections", False):
+        if _is_fused(module):
             raise ValueError(
                 f"text layer {layer.index} ({layer.name}) has fused projections: its to_k and to_v "
                 "are no longer read; call pipe.unfuse_qkv_projections() first"
@@ -203,6 +203,16 @@ def linear(module: nn.Module, layer: TextLayer, name: str) -> nn.Linear:
             "projection cannot be edited; load the pipeline unquantised"
         )
     return found
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a fused copy of the projections is read. `Attention` keeps its flag after they were
+    unfused again: there, the processor tells."""
+    from diffusers.models.attention_processor import Attention
+
+    if isinstance(module, Attention):
+        return type(module.processor).__name__.startswith("Fused")
+    return getattr(module, "fused_projections", False)
 
 
 def config_key(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ def generate(
 ) -> Tensor:
     """Images [prompt, seed, 3, H, W], float32 in [0, 1], on the CPU.
 
-    pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance. routes:
-    [prompt, layer] long: the image of prompt p reads, at text layer l, sources[routes[p, l]] (sources
-    are the prompts, unless named); only the conditional half of the batch is routed. eta: of DDIM. batch_size: images per call of the
-    pipeline (with guidance the denoiser sees twice as many rows). folder: each finished batch is
-    kept there, and a run that was killed goes on where it was; the result is the same.
+    pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance.
+    routes: [prompt, layer] long: the image of prompt p reads, at text layer l, the text
+    sources[routes[p, l]], where `sources` are the prompts unless named; only the conditional half
+    of the batch is routed. eta: of DDIM. batch_size: images per call of the pipeline (with
+    guidance the denoiser sees twice as many rows). folder: each finished batch is kept there, and
+    a run that was killed goes on where it was; the result is the same.
     Raises ValueError on an empty list of prompts, a seed given twice, bad steps or guidance, and a
     folder that holds another run. The pipeline is left as it was.
 
@@ -66,8 +68,9 @@ def generate(
     cells = [(p, s) for p in range(len(prompts)) for s in seeds]
     batches = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
     settings = {
-        "texts": [unique[p] for p in place],
-        "routes": None if routes is None else [[unique[t] for t in row] for row in routes],
+        "texts": unique,
+        "prompts": place.tolist(),
+        "routes": None if routes is None else routes.tolist(),
         "seeds": seeds,
         "steps": steps,
         "guidance": guidance,
@@ -154,8 +157,9 @@ def checked_seeds(seeds: Iterable[int]) -> list[int]:
     """`seeds` as a list; refuses none at all, one given twice, and what is no whole number."""
     seeds = list(seeds)
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed!r} is not a whole number from 0 on")
+    seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("no seed is given: pass for example seeds=range(4)")
     if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:

@@ -128,7 +128,9 @@ class Localization:
                 **scored,
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the localization in {folder} is damaged: {error!r}; make it again")
+            raise ValueError(
+                f"the localization in {folder} is damaged ({error!r}): make it again"
+            ) from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Localization) and records.same(self, other)
@@ -165,6 +167,8 @@ def localize(
     """
     family, seeds = family_of(pipe), checked_seeds(seeds)
     names = tuple(layer.name for layer in family.text_layers(pipe))
+    if isinstance(window, str) and window != "smallest":
+        raise ValueError(f'window {window!r}: pass a number of layers or "smallest"')
     sizes = range(1, len(names) + 1) if window == "smallest" else [window]
     masks = [windows(len(names), size) for size in sizes]
     for prompt in concept.prompts:
@@ -214,7 +218,9 @@ def bootstrap(samples: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
     """95 % percentile interval of the mean over the last axis: [..., cell] -> [..., 2], float64."""
     cells = samples.shape[-1]
     pick = torch.randint(cells, (draws, cells), generator=torch.Generator().manual_seed(seed))
-    means = samples.double()[..., pick].mean(-1)
+    weights = torch.zeros(draws, cells, dtype=torch.float64)
+    weights.scatter_add_(1, pick, torch.ones_like(weights)).div_(cells)
+    means = samples.double() @ weights.T
     return means.quantile(torch.tensor([0.025, 0.975]).double(), dim=-1).movedim(0, -1)
 
 
@@ -238,8 +244,8 @@ def _replacement(concept: Concept, neutral: str | None) -> tuple[str, ...]:
         raise ValueError(f'neutral={neutral!r}: choose "twin" or "target"')
     if neutral == "target" and concept.target is None:
         raise ValueError(
-            f"concept {concept.name!r} has no target prompts: give Concept(target=...) "
-            'or use neutral="twin"'
+            f"concept {concept.name!r} has no target prompts: make it with target=[...], or use "
+            'neutral="twin"'
         )
     return concept.neutral if neutral == "twin" else concept.target
 

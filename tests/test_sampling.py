@@ -1,0 +1,227 @@
+"""Sampling: the pipeline's own images, row by row independent of the batch."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build_tiny_sd
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+
+import loco_core as loco
+from loco_core import records
+from loco_core.interventions import sampling
+from loco_core.interventions.routing import windows
+
+PROMPTS = ["a house by Van Gogh", "a red tree"]
+FAST = dict(steps=3)
+
+
+def by_hand(pipe, prompt, seed, steps=3, guidance=7.5):
+    """The pipeline called for one image, with the noise that the seed stands for."""
+    shape = (1, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(shape, generator=generator)
+    return pipe(
+        prompt, negative_prompt="", latents=latents, generator=generator,
+        num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+    ).images[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", [
+    DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+])  # fmt: skip
+def test_images_are_those_of_the_pipeline_under_its_own_scheduler(scheduler):
+    pipe = build_tiny_sd()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    images = loco.generate(pipe, PROMPTS, seeds=[3, 5], **FAST)
+    assert images.shape == (2, 2, 3, 16, 16) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    for p, prompt in enumerate(PROMPTS):
+        for s, seed in enumerate([3, 5]):
+            assert torch.allclose(images[p, s], by_hand(pipe, prompt, seed), atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_its_batch(tiny_sd):
+    whole = loco.generate(tiny_sd, PROMPTS, seeds=range(3), **FAST)
+    alone = loco.generate(tiny_sd, PROMPTS[1:], seeds=[2], batch_size=1, **FAST)
+    in_pairs = loco.generate(tiny_sd, PROMPTS, seeds=range(3), batch_size=2, **FAST)
+    assert torch.allclose(whole[1, 2], alone[0, 0], atol=1e-4)
+    assert torch.allclose(whole, in_pairs, atol=1e-4)
+    assert (whole[0, 0] - whole[0, 1]).abs().max() > 1e-2
+
+
+def test_the_same_call_gives_the_same_bits(tiny_sd):
+    first, second = (loco.generate(tiny_sd, PROMPTS, seeds=[1], **FAST) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("guidance", [0, 1.0, 3.0])
+def test_guidance_is_the_pipelines(tiny_sd, guidance):
+    images = loco.generate(tiny_sd, PROMPTS[:1], seeds=[4], steps=3, guidance=guidance)
+    wanted = by_hand(tiny_sd, PROMPTS[0], 4, guidance=guidance)
+    assert torch.allclose(images[0, 0], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_a_routed_batch_equals_one_window_at_a_time(tiny_sd, guidance):
+    prompts = [PROMPTS[0], "a house"]
+    src = torch.cat([torch.zeros(1, 16), torch.ones(1, 16), windows(16, 2)]).long()
+    settings = dict(seeds=[0], steps=4, guidance=guidance, sources=prompts)
+    rows = prompts[:1] * len(src)
+    whole = loco.generate(tiny_sd, rows, routes=src, batch_size=len(src), **settings)
+    single = [
+        loco.generate(tiny_sd, prompts[:1], routes=row[None], batch_size=1, **settings)[0]
+        for row in src
+    ]
+    assert (whole - torch.stack(single)).abs().max() <= 1e-4
+    plain = loco.generate(tiny_sd, prompts, [0], steps=4, guidance=guidance)
+    assert torch.allclose(whole[:2], plain, atol=1e-4)  # never and always replaced
+    assert (whole[2:] - plain[0]).abs().amax((1, 2, 3, 4)).min() > 1e-4
+
+
+def test_routes_index_the_prompts_unless_sources_are_named(tiny_sd):
+    swapped = loco.generate(tiny_sd, PROMPTS, [0], routes=[[1] * 16, [0] * 16], **FAST)
+    assert torch.allclose(swapped.flip(0), loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=1e-4)
+
+
+def test_only_the_conditional_half_is_routed(tiny_sd):
+    """With the negative prompt's text in every layer, guidance has nothing to push from."""
+    both = ["a house", "a red tree"]
+    images = loco.generate(
+        tiny_sd, both[:1], [0], routes=[[1] * 16], sources=both, negative_prompt=both[1], **FAST
+    )
+    unguided = loco.generate(tiny_sd, both[1:], [0], guidance=1.0, **FAST)
+    assert torch.allclose(images, unguided, atol=1e-4)
+
+
+def test_float64_starts_from_the_same_noise(tiny_sd):
+    double = build_tiny_sd().to(torch.float64)
+    images = loco.generate(double, PROMPTS, [0], **FAST)
+    assert images.dtype == torch.float32
+    assert torch.allclose(images, loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=1e-3)
+
+
+def test_the_pipeline_is_left_as_it_was():
+    pipe = build_tiny_sd()
+    pipe.set_progress_bar_config(desc="mine")
+    scheduler, state = pipe.scheduler, copy.deepcopy(vars(pipe.scheduler))
+    weights = records.fingerprint(pipe.unet)
+    loco.generate(pipe, PROMPTS, [0], routes=[[1] * 16] * 2, **FAST)
+    assert pipe.scheduler is scheduler and records.same(vars(scheduler), state)
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert records.fingerprint(pipe.unet) == weights
+    assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_run_leaves_the_pipeline_as_it_was(error):
+    pipe = build_tiny_sd()
+    scheduler = pipe.scheduler
+
+    def interrupted(*args):
+        raise error("in the middle")
+
+    handle = pipe.unet.mid_block.register_forward_hook(interrupted)
+    with pytest.raises(error):
+        loco.generate(pipe, PROMPTS, [0], routes=[[1] * 16] * 2, **FAST)
+    handle.remove()
+    assert pipe.scheduler is scheduler and not hasattr(pipe, "_progress_bar_config")
+    assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_a_subclassed_pipeline_is_called_itself(tiny_sd):
+    class Dark(StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            made = super().__call__(*args, **kwargs)
+            made.images = made.images / 2
+            return made
+
+    dark = Dark(**tiny_sd.components, requires_safety_checker=False)
+    images = loco.generate(dark, PROMPTS, [0], **FAST)
+    assert torch.equal(images, loco.generate(tiny_sd, PROMPTS, [0], **FAST) / 2)
+
+
+def killed_after(batches, monkeypatch):
+    """Let `batches` batches through, then die as if Ctrl-C was pressed."""
+    real, calls = sampling._sample, []
+
+    def sample(*args):
+        if len(calls) == batches:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(sampling, "_sample", sample)
+    return calls
+
+
+def test_a_killed_run_goes_on_with_the_same_result(tiny_sd, tmp_path, monkeypatch):
+    run = dict(seeds=range(3), batch_size=2, **FAST)
+    wanted = loco.generate(tiny_sd, PROMPTS, **run)
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            loco.generate(tiny_sd, PROMPTS, folder=tmp_path, **run)
+    with monkeypatch.context() as patch:
+        calls = killed_after(99, patch)
+        assert torch.equal(loco.generate(tiny_sd, PROMPTS, folder=tmp_path, **run), wanted)
+        assert len(calls) == 1  # of three batches, two were finished
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps=2), dict(seeds=[0, 2]), dict(guidance=2.0), dict(routes=[[1] * 16] * 2),
+    dict(negative_prompt="a dog"), dict(batch_size=1), dict(prompts=["a dog", "a cat"]),
+], ids=lambda change: next(iter(change)))  # fmt: skip
+def test_a_folder_with_another_run_is_refused(tiny_sd, tmp_path, change):
+    run = dict(prompts=PROMPTS, seeds=[0, 1], steps=1, folder=tmp_path)
+    loco.generate(tiny_sd, **run)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds another run, which differs in"):
+        loco.generate(tiny_sd, **run | change)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_another_models_folder_and_damaged_parts_are_refused(tiny_sd, tmp_path):
+    run = dict(prompts=PROMPTS, seeds=[0], steps=1, folder=tmp_path)
+    loco.generate(tiny_sd, **run)
+    with pytest.raises(ValueError, match="differs in fingerprint"):
+        loco.generate(build_tiny_sd(seed=1), **run)
+    (part,) = tmp_path.glob("part-*")
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="part-00000.safetensors is damaged.*delete it"):
+        loco.generate(tiny_sd, **run)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        loco.generate(tiny_sd, **run)
+
+
+BAD = {
+    "no prompts": (dict(prompts=[]), "list of prompts is empty"),
+    "a bare string": (dict(prompts="a house"), "must be a list"),
+    "a seed twice": (dict(seeds=[1, 2, 1]), r"seeds \[1\] are given twice"),
+    "no seeds": (dict(seeds=[]), "no seed is given"),
+    "a broken seed": (dict(seeds=[0.5]), "seed 0.5"),
+    "a seed below zero": (dict(seeds=[-1]), "seed -1"),
+    "no steps": (dict(steps=0), "steps 0 is not a whole number from 1 to 1000"),
+    "too many steps": (dict(steps=1001), "steps 1001"),
+    "broken steps": (dict(steps=2.5), "steps 2.5"),
+    "guidance below zero": (dict(guidance=-1), "guidance -1"),
+    "guidance is no number": (dict(guidance=float("nan")), "guidance nan"),
+    "no batch": (dict(batch_size=0), "batch_size 0"),
+    "rows of routes": (dict(routes=[[0] * 16]), "routes has 1 rows for 2 prompts"),
+    "layers of routes": (dict(routes=[[0] * 3] * 2), "16 layers"),
+}
+
+
+@pytest.mark.parametrize("change, reason", BAD.values(), ids=BAD.keys())
+def test_bad_settings_are_refused(tiny_sd, change, reason):
+    with pytest.raises(ValueError, match=reason):
+        loco.generate(tiny_sd, **dict(prompts=PROMPTS, seeds=[0], steps=1) | change)
