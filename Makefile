@@ -27,10 +27,10 @@ html: $(STAMP)
 	$(PY) -m tools.build_book
 
 test: $(STAMP)
-	$(PY) -m pytest $(NBVAL) --ignore-glob='*.FAILED.ipynb' tests notebooks
+	$(PY) -m pytest $(NBVAL) tests notebooks/*.ipynb
 
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
 
 clean:
-	rm -rf _build $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info notebooks/*.FAILED.ipynb
+	rm -rf _build $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

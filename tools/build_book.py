@@ -16,9 +16,9 @@ from tools.profiles import ROOT
 
 def build(output: Path, root: Path = ROOT) -> Path:
     """Build into `output`/_build/html and return its index.html; CalledProcessError on a warning."""
-    command = Path(sys.executable).with_name("jupyter-book")
+    run = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     options = ["--all", "-W", "--keep-going", "--quiet", "--path-output", str(output)]
-    subprocess.run([command, "build", str(root), *options], check=True)
+    subprocess.run([*run, str(root), *options], check=True)
     return output / "_build" / "html" / "index.html"
 
 

@@ -3,8 +3,8 @@
     python -m tools.execute [--profile mini] [NN_name ...]
 
 notebooks/NN_name.py -> jupytext -> papermill -> freeze -> notebooks/NN_name.ipynb. A profile other
-than the default publishes to notebooks/<profile>/. A failing notebook leaves NN_name.FAILED.ipynb
-with the error in place, and the published run as it was. Beside each published run stands its
+than the default publishes to notebooks/<profile>/. A failing notebook leaves
+_build/NN_name.FAILED.ipynb with the error in place, and the published run as it was. Beside each published run stands its
 record, results/runs/NN_name.json: wall clock, device, versions, source hash. It belongs to the run
 whose bytes are published: a run that reproduces them bit for bit leaves it alone.
 """
@@ -60,10 +60,10 @@ def destination(source: Path, profile: Profile, root: Path = ROOT) -> tuple[Path
 def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) -> float:
     """Run one notebook and publish it; the wall-clock seconds it took.
 
-    Raises papermill's PapermillExecutionError after writing NN_name.FAILED.ipynb.
+    Raises papermill's PapermillExecutionError after writing _build/NN_name.FAILED.ipynb.
     """
     published, record = destination(source, profile, root)
-    failed = published.with_suffix(".FAILED.ipynb")
+    failed = root / "_build" / f"{source.stem}.FAILED.ipynb"
     parameters = {k: v for k, v in profile.parameters.items() if k in known}
     origin = source_hash(source)
     start = time.perf_counter()
@@ -78,6 +78,7 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
                 kernel_name="python3",
                 cwd=str(source.parent),
                 progress_bar=False,
+                extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own chatter
             )
         except PapermillExecutionError:
             write_atomically(failed, run.read_bytes())
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = execute(source, profile, known[source.stem])
         except PapermillExecutionError as error:
             print(f"error: {source.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"       see {source.stem}.FAILED.ipynb beside the published run", file=sys.stderr)
+            print(f"       see _build/{source.stem}.FAILED.ipynb", file=sys.stderr)
             return 1
         print(f"{source.stem}: executed on profile {profile.name} in {seconds:.0f} s", flush=True)
     provenance.write()

@@ -1,7 +1,7 @@
 """Freeze an executed notebook: the same outputs give the same bytes.
 
 Cell ids come from (stem, index); timestamps, papermill's bookkeeping, widget model ids and the
-patch version of Python are dropped; pieces of one stream are joined. What is dropped and worth
+version of Python are dropped; pieces of one stream are joined. What is dropped and worth
 knowing (wall clock, device, versions) goes to the run's record instead, see `execute`.
 """
 
@@ -27,11 +27,10 @@ def freeze(
     """A deterministic copy. `source` is the `source_hash` of the file it was executed from."""
     frozen = copy.deepcopy(notebook)
     frozen.nbformat_minor = 5
-    language = frozen.metadata.get("language_info", {})
     frozen.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {k: v for k, v in language.items() if k != "version"},
+            "language_info": {"file_extension": ".py", "name": "python"},
             "loco": {"source_sha256": source, "profile": profile, "parameters": parameters},
         }
     )

@@ -52,14 +52,16 @@ class WindowSlider:
         first = self.frames[self.start]
         name, label = html.escape(self.name), html.escape(first.label)
         return (
-            f'<figure class="loco-slider" role="group" aria-label="{name}" style="margin:1em 0">'
+            f'<figure class="loco-slider" role="group" aria-label="{name}" '
+            f'style="margin:1em 0;text-align:left;max-width:{max(self.width, 320)}px">'
             f"{images}"
-            f'<label style="display:flex;gap:.6em;align-items:center;max-width:{self.width}px">'
+            '<label style="display:flex;gap:.6em;align-items:center">'
             f"<span>{name}</span>"
             f'<input type="range" min="0" max="{len(self.frames) - 1}" step="1" '
             f'value="{self.start}" autocomplete="off" aria-valuetext="{label}" '
             f'style="flex:1" oninput="{html.escape(_ON_INPUT)}"></label>'
-            f'<figcaption><output aria-live="polite">{label}</output></figcaption></figure>'
+            f'<figcaption style="text-align:left"><output aria-live="polite">{label}</output>'
+            "</figcaption></figure>"
         )
 
     def live(self) -> Any:
@@ -82,7 +84,7 @@ class WindowSlider:
         return (
             f'<img class="dark-light" src="{frame.source}" alt="{html.escape(frame.alt)}" '
             f'data-label="{html.escape(frame.label)}" style="display:{shown};'
-            f'width:{self.width}px;max-width:100%;image-rendering:pixelated">'
+            f'margin:0;width:{self.width}px;max-width:100%;image-rendering:pixelated">'
         )
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
