@@ -15,7 +15,7 @@ from tools.profiles import ROOT
 
 
 def build(output: Path, root: Path = ROOT) -> Path:
-    """Build into `output`/_build/html and return its index.html; CalledProcessError on a warning."""
+    """Build `output`/_build/html and return its index.html; CalledProcessError on a warning."""
     run = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     options = ["--all", "-W", "--keep-going", "--quiet", "--path-output", str(output)]
     subprocess.run([*run, str(root), *options], check=True)

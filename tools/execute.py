@@ -4,12 +4,15 @@
 
 notebooks/NN_name.py -> jupytext -> papermill -> freeze -> notebooks/NN_name.ipynb. A profile other
 than the default publishes to notebooks/<profile>/. A failing notebook leaves
-_build/NN_name.FAILED.ipynb with the error in place, and the published run as it was. Beside each published run stands its
-record, results/runs/NN_name.json: wall clock, device, versions, source hash. It belongs to the run
-whose bytes are published: a run that reproduces them bit for bit leaves it alone.
+_build/NN_name.FAILED.ipynb with the error in place, and the published run as it was.
+
+Each published run has its record, results/runs/NN_name.json: wall clock, device, versions, source
+hash. It belongs to the run whose bytes are published: a run that reproduces them bit for bit leaves
+it alone. The figure of the cell tagged `picture` becomes the README's, book/_static/picture.png.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -23,12 +26,14 @@ from pathlib import Path
 import jupytext
 import nbformat
 import papermill
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from tools import profiles, provenance
 from tools.freeze import dumps, freeze, source_hash
 from tools.profiles import DEFAULT, ROOT, Profile
 
+PICTURE = "book/_static/picture.png"
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "safetensors")
 
 
@@ -85,7 +90,8 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
             raise
         executed = nbformat.read(run, as_version=4)
     seconds = time.perf_counter() - start
-    content = dumps(freeze(executed, source.stem, origin, profile.name, parameters))
+    frozen = freeze(executed, source.stem, origin, profile.name, parameters)
+    content = dumps(frozen)
     failed.unlink(missing_ok=True)
     digest = hashlib.sha256(content).hexdigest()
     if not record.exists() or json.loads(record.read_text())["output_sha256"] != digest:
@@ -100,7 +106,19 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
         }
         write_atomically(record, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(published, content)
+    if profile.name == DEFAULT:
+        write_picture(frozen, root)
     return seconds
+
+
+def write_picture(notebook: NotebookNode, root: Path = ROOT) -> None:
+    """Publish the figure of the cell tagged `picture`, if the notebook has one, for the README."""
+    for cell in notebook.cells:
+        if "picture" in cell.metadata.get("tags", ()):
+            (image,) = (
+                o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", ())
+            )
+            write_atomically(root / PICTURE, base64.b64decode(image))
 
 
 def machine(profile: Profile) -> dict[str, object]:

@@ -3,8 +3,8 @@
     python -m tools.pins > constraints.txt
 
 The environment running it must have the `all` extra installed. Only what that extra reaches is
-pinned, transitively, for this platform; local build tags (`torch 2.13.0+cpu`) are dropped, so that a
-CPU and a GPU wheel match the same pin.
+pinned, transitively, for this platform; local build tags (`torch 2.13.0+cpu`) are dropped, so that
+a CPU and a GPU wheel match the same pin.
 """
 
 import tomllib

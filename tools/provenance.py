@@ -1,6 +1,6 @@
 """Write book/provenance.md from the records of the published runs.
 
-    python -m tools.provenance
+python -m tools.provenance
 """
 
 import json

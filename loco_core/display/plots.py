@@ -37,7 +37,7 @@ def score_curve(
         figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     window = np.arange(len(a))
     if (low is None) != (high is None):
-        raise ValueError("score_curve: give both low and high, the ends of the interval, or neither")
+        raise ValueError("score_curve: give both low and high, the ends of the interval")
     if low is not None and high is not None:
         band = _vector("low", low, len(a)), _vector("high", high, len(a))
         axis.fill_between(window, *band, color=CURVE, alpha=0.2, label="95 % interval")

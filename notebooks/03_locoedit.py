@@ -1,0 +1,235 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # LocoEdit: change the layers
+#
+# LocoGen said where a style enters. LocoEdit {cite:p}`basu2024mechanistic`
+# changes the weights there, so that the artist's name is read as if it were not
+# there. One small linear system, no training.
+
+# %% tags=["parameters"]
+model = "mini-sd"
+artist = "Mira Holt"  # the style to remove
+window = 2  # layers that read the neutral prompt together
+prompts = 4  # prompts the edit is made from
+seeds = 2  # pictures per prompt
+steps = 12  # of the scheduler, for each picture
+lam = 0.01  # price of changing the weights
+dtype = "float64"  # the same picture on every CPU; float32 is faster
+
+# %%
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from myst_nb import glue
+
+import loco_core as loco
+from loco_core.display import image_grid
+
+world = loco.shapeland
+loco.progress(False)
+pipe = loco.load(model, dtype=getattr(torch, dtype))
+
+# %% [markdown]
+# ## The layers
+#
+# From the sweep of the last chapter, with fewer pictures.
+
+# %%
+few = world.concept("style", artist, prompts=1)
+found = loco.localize(pipe, few, window=window, seeds=range(seeds), steps=steps)
+print("layers found:", list(found.layers))
+
+# %% [markdown]
+# ## The edit
+#
+# $$
+# \min_{W'} \lVert C W'^\top - G W^\top \rVert^2 + \lambda \lVert W' - W \rVert^2
+# \quad\Rightarrow\quad
+# W' = W + W (G - C)^\top (C C^\top + \lambda I)^{-1} C
+# $$
+#
+# $C$ holds the embeddings of the artist's name, one row per prompt; $G$ what
+# stands in their place in the neutral twins. Nothing is changed yet: an edit is
+# a value.
+
+# %%
+concept = world.concept("style", artist, prompts=prompts)
+edit = loco.locoedit(pipe, concept, layers=found.layers, lam=lam)
+edit
+
+# %% [markdown]
+# It touches the key and value weights of the found layers, and each change has
+# a rank of at most the number of rows.
+
+# %%
+weights = dict(pipe.unet.named_parameters(prefix="unet"))
+pd.DataFrame(
+    {
+        "shape": {name: str(tuple(weights[name].shape)) for name in edit.changes},
+        "rank of the change": {name: change.rank for name, change in edit.changes.items()},
+    }
+).rename_axis("weight")
+
+# %% [markdown]
+# ## Before and after
+#
+# Prompts that the edit was not made from, the same noise before and after.
+
+# %%
+asked = [
+    {"object": "tree", "color": "green", "place": "desert"},
+    {"object": "crown", "color": "yellow", "place": "city"},
+    {"object": "boat", "color": "purple", "place": "ocean"},
+    {"object": "flower", "color": "pink", "place": "forest"},
+]
+held_out = [world.caption(style=artist, **scene) for scene in asked]
+
+
+def paint(prompts: list[str]) -> torch.Tensor:
+    """One picture per prompt and seed, [prompt, seed, 3, H, W]."""
+    return loco.generate(pipe, prompts, seeds=range(seeds), steps=steps)
+
+
+before = paint(held_out)
+with edit.applied(pipe):
+    after = paint(held_out)
+
+# %% mystnb={"figure": {"name": "fig-before-after", "caption": "Held-out prompts with the artist's name, before and after the edit."}, "image": {"alt": "Two rows of pictures of the same prompts: with the style before the edit, and after it", "classes": "dark-light"}}
+image_grid(
+    torch.stack([before[:, 0], after[:, 0]]),
+    rows=["before", "after"],
+    columns=[f"{scene['color']} {scene['object']}" for scene in asked],
+    inches=1.4,
+)
+
+
+# %%
+def count(images: torch.Tensor, kind: str, names: list[str]) -> int:
+    """Pictures [prompt, seed] of which the judge says they show the name of their prompt."""
+    answers = world.judge(images)[kind]
+    each = images.shape[1]
+    return sum(answer == names[k // each] for k, answer in enumerate(answers))
+
+
+def kept(images: torch.Tensor, scenes: list[dict[str, str]]) -> dict[str, int]:
+    """How many pictures show what their caption says, per attribute."""
+    return {kind: count(images, kind, [s[kind] for s in scenes]) for kind in scenes[0]}
+
+
+scenes = [{"style": artist, **scene} for scene in asked]
+total = len(scenes) * seeds
+pd.DataFrame({"before": kept(before, scenes), "after": kept(after, scenes)}).rename_axis(
+    f"shown, of {total}"
+)
+
+# %% [markdown]
+# ## Which tokens?
+#
+# The paper edits the row of the last subject token. Tokens behind it have read
+# the name as well. Three choices, from the fewest rows to the most:
+
+# %%
+choices = {}
+for tokens in ("last", "eos", "following"):
+    choice = loco.locoedit(pipe, concept, layers=found.layers, lam=lam, tokens=tokens)
+    with choice.applied(pipe):
+        choices[tokens] = kept(paint(held_out), scenes)
+pd.DataFrame(choices).T.rename_axis(f"tokens edited (shown, of {total})")
+
+# %% [markdown]
+# ## What else changes?
+#
+# Prompts with the *other* artists, under the edit. Nothing of theirs should go.
+
+# %%
+others = [name for name in world.ATTRIBUTES["style"] if name != artist]
+hosts = [asked[k % len(asked)] for k in range(len(others))]
+other_scenes = [{"style": name, **host} for name, host in zip(others, hosts)]
+other_prompts = [world.caption(**scene) for scene in other_scenes]
+other_before = paint(other_prompts)
+with edit.applied(pipe):
+    other_after = paint(other_prompts)
+
+
+# %%
+def per_artist(images: torch.Tensor) -> list[str]:
+    """Per artist: of the pictures of that artist, how many show the style."""
+    rows = zip(images, others)
+    return [f"{count(row[None], 'style', [name])} of {seeds}" for row, name in rows]
+
+
+pd.DataFrame(
+    {"before": per_artist(other_before), "after": per_artist(other_after)},
+    index=pd.Index(others, name="other artist"),
+)
+
+# %%
+collateral = pd.DataFrame(
+    {"before": kept(other_before, other_scenes), "after": kept(other_after, other_scenes)}
+)
+collateral.rename_axis(f"shown, of {len(others) * seeds}")
+
+# %% [markdown]
+# ## Undo
+#
+# Leaving `applied` put every weight back, bit for bit.
+
+
+# %%
+def bits(pipe) -> dict[str, torch.Tensor]:
+    """A copy of every weight of the denoiser."""
+    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+
+
+untouched = bits(pipe)
+with edit.applied(pipe):
+    inside = bits(pipe)
+back = bits(pipe)
+print("weights that differ inside: ", sum(not inside[k].equal(v) for k, v in untouched.items()))
+print("weights that differ outside:", sum(not back[k].equal(v) for k, v in untouched.items()))
+
+# %% [markdown]
+# ## Keep it
+#
+# An edit is a few kilobytes, knows which model it is for, and is the same after
+# a round trip.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "edit.safetensors"
+    edit.save(path)
+    print("same after a round trip:", loco.Edit.load(path) == edit)
+    print("at most 64 KB:", path.stat().st_size <= 64 * 1024)
+
+# %% [markdown]
+# ## For the record
+#
+# What [](../book/paper_versus_here.md) quotes from this chapter.
+
+# %%
+gone = kept(before, scenes)["style"], kept(after, scenes)["style"]
+same = collateral.loc["style"]
+record = {
+    "model_name": model,
+    "erased": f"{artist} seen in {gone[0]} of {total} pictures before, {gone[1]} after",
+    "erased_status": "removed" if gone[1] <= 0.1 * total else "not removed",
+    "spared": f"other artists seen in {same['before']} of {len(others) * seeds} before, "
+    f"{same['after']} after",
+    "spared_status": "spared" if same["after"] >= same["before"] - 1 else "not spared",
+}
+for key, value in record.items():
+    glue(key, value, display=False)
+pd.Series(record, name="value").to_frame()
