@@ -132,7 +132,7 @@ def save_record(
     """Write `<kind>.json` (header: JSON values) and `<kind>.safetensors`, whole or not at all."""
     from safetensors.torch import save
 
-    blob = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+    blob = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()})
     full = {"kind": kind, "sha256": hashlib.sha256(blob).hexdigest(), **header}
     text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     folder = Path(folder)

@@ -74,12 +74,11 @@ def folder_of(name: str | Path) -> Path | None:
     for folder in (CHECKPOINTS / path, path):
         if (folder / "model_index.json").is_file():
             return folder
-    if path.exists():
-        raise ValueError(f"{name} is no diffusers pipeline: it has no model_index.json")
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if not path.exists() and _HUB_ID.fullmatch(str(name)) and not str(name).startswith("."):
         return None
+    reason = "a folder without model_index.json" if path.is_dir() else "unknown"
     raise ValueError(
-        f"unknown model {str(name)!r}: pass a mini ({', '.join(minis()) or 'none is installed'}), "
+        f"model {str(name)!r} is {reason}: pass a mini ({', '.join(minis()) or 'none is here'}), "
         'the folder of a diffusers pipeline, or a Hub id "owner/name"'
     )
 

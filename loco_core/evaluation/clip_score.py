@@ -117,8 +117,8 @@ def _pixels(images: Tensor, clip: Clip) -> Tensor:
     size = clip.model.config.vision_config.image_size
     height, width = images.shape[-2:]
     if (height, width) != (size, size):
-        scale = size / min(height, width)
-        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        short = min(height, width)
+        shape = (size * height // short, size * width // short)
         images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
         images = images[..., top : top + size, left : left + size]
