@@ -1,0 +1,1 @@
+"""Training of the minis; see `recipe.train_mini`."""

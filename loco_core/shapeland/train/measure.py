@@ -1,0 +1,102 @@
+"""Does a mini draw what it is told, and does it use the layers it was planted in?
+
+Every figure is a share of images by the judge, on captions whose combination of attributes was
+never trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+
+from loco_core.families import family_of
+from loco_core.interventions.sampling import generate
+
+from ..judge import judge
+from ..vocabulary import ATTRIBUTES, Scene, describe, held_out_scenes
+
+SETTINGS = {"steps": 25, "guidance": 5.0, "batch_size": 50}
+
+
+def agreement(pipe: Any, count: int = 200, seed: int = 0, **settings: Any) -> dict[str, float]:
+    """Per attribute, the share of `count` held-out captions that the image agrees with.
+
+    Object and color are asked of captions that name them, a fact (object and color of the
+    emblem, both right) of captions with an emblem.
+    """
+    scenes = held_out_scenes(count, seed)
+    seen = _see(pipe, [describe(scene) for scene in scenes], **settings)
+    return {name: _share(scenes, name, seen) for name in ATTRIBUTES}
+
+
+def plant_use(
+    pipe: Any, planted: dict[str, Sequence[int]], count: int = 200, seed: int = 1, **settings: Any
+) -> dict[str, dict]:
+    """What the network makes of a plant; per attribute, shares of held-out captions naming it:
+
+    - agrees: the image shows the value, every layer reading the caption.
+    - holds: the same, every layer *but* the planted ones reading another value.
+    - follows: the image shows the other value if *only* the planted layers read it.
+    - removed: it does not show the value if the planted layers read a caption without it.
+    - layers: per planted layer, `necessity` (the value is lost if this layer alone reads a caption
+      without it) and `sufficiency` (it is kept if this is the only planted layer that reads it).
+    """
+    return {
+        name: _use_of(pipe, name, tuple(layers), count, seed, **settings)
+        for name, layers in planted.items()
+    }
+
+
+def _use_of(
+    pipe: Any, name: str, layers: tuple[int, ...], count: int, seed: int, **settings: Any
+) -> dict:
+    rng = Random(seed)
+    scenes = [scene for scene in held_out_scenes(12 * count, seed) if scene.get(name)][:count]
+    others = [
+        replace(s, **{name: rng.choice([v for v in ATTRIBUTES[name] if v != s.get(name)])})
+        for s in scenes
+    ]
+    bare = [scene.without(name) for scene in scenes]
+    every = range(len(family_of(pipe).text_layers(pipe)))
+
+    def shown(source: list[Scene], swapped: Sequence[int], expect: list[Scene]) -> float:
+        """Share that shows `expect`, the layers `swapped` reading `source`."""
+        prompts, texts = [describe(s) for s in scenes], [describe(s) for s in source]
+        routes = torch.arange(len(scenes))[:, None].repeat(1, len(every))
+        routes[:, list(swapped)] += len(scenes)
+        seen = _see(pipe, prompts, routes=routes, sources=prompts + texts, **settings)
+        return _share(expect, name, seen)
+
+    rest = [layer for layer in every if layer not in layers]
+    result: dict[str, Any] = {
+        "agrees": shown(scenes, (), scenes),
+        "holds": shown(others, rest, scenes),
+        "follows": shown(others, layers, others),
+        "removed": round(1 - shown(bare, layers, scenes), 3),
+        "layers": {},
+    }
+    for layer in layers:
+        alone = [other for other in layers if other != layer]
+        result["layers"][str(layer)] = {
+            "necessity": round(1 - shown(bare, (layer,), scenes), 3),
+            "sufficiency": shown(bare, alone, scenes),
+        }
+    return result
+
+
+def _see(pipe: Any, prompts: list[str], **settings: Any) -> dict[str, list[str]]:
+    return judge(generate(pipe, prompts, (0,), **(SETTINGS | settings)))
+
+
+def _share(scenes: list[Scene], name: str, seen: dict[str, list[str]]) -> float:
+    """Share of the scenes naming `name` in which the judge sees it."""
+    asked = [index for index, scene in enumerate(scenes) if scene.get(name)]
+    right = [
+        seen[name][index] == scenes[index].get(name)
+        if name != "fact"
+        else all(seen[k][index] == scenes[index].labels()[k] for k in ("object", "color", "fact"))
+        for index in asked
+    ]
+    return round(sum(right) / max(len(asked), 1), 3)
