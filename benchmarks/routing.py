@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,19 +21,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import loco_core as loco  # noqa: E402
 from loco_core.interventions.routing import windows  # noqa: E402
-from loco_core.records import versions  # noqa: E402
+from loco_core.records import model_name, versions  # noqa: E402
 
 COST_BAR, DIFFERENCE_BAR = 1.05, 1e-4
 
 
-def seconds(call, device: torch.device) -> float:
-    """Wall clock of one call, the device idle at both ends."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of one call: of the processor on a CPU, where other programs may run beside this one,
+    and of the wall clock, idle at both ends, on a GPU."""
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
     call()
-    synchronize()
-    return time.perf_counter() - start
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def measure(
@@ -61,7 +66,7 @@ def measure(
     difference = float((batch - torch.stack(single)).abs().max())
     ratio = statistics.median(a / b for a, b in pairs)
     return {
-        "model": model,
+        "model": model_name(pipe),
         "rows": len(src),
         "window": window,
         "steps": steps,

@@ -130,30 +130,30 @@ def test_the_smallest_window_that_removes_the_concept_is_found(layers, size):
     assert torch.equal(fixed.samples, found.samples)
 
 
-def test_a_threshold_of_ones_own_decides_what_removed_means():
-    pipe = listening(8, 9)
-    score = differs_from(pipe, STYLE.neutral)
-    assert loco.localize(pipe, STYLE, "smallest", score=score, threshold=1, **FAST).window == 1
-    with pytest.raises(ValueError, match="no window brings the score of 'Van Gogh' to -1"):
-        loco.localize(pipe, STYLE, "smallest", score=score, threshold=-1, **FAST)
+def test_a_threshold_of_ones_own_decides_what_removed_means(tiny_sd):
+    once = dict(seeds=[0], steps=1, score=lambda images, texts: torch.ones(len(images)))
+    house = loco.Concept("Van Gogh", "style", STYLE.prompts[:1], STYLE.neutral[:1])
+    assert loco.localize(tiny_sd, house, "smallest", threshold=1, **once).window == 1
+    with pytest.raises(ValueError, match="no window brings the score of 'Van Gogh' to 0.5"):
+        loco.localize(tiny_sd, house, "smallest", threshold=0.5, **once)
 
 
 def test_a_fact_is_where_the_image_follows_the_update_most():
-    pipe = listening(3, 4)
+    pipe = listening(14, 15)
     seen = []
-    nearness = like(pipe, FACT.target)
+    nearness, differs = like(pipe, FACT.target), differs_from(pipe, FACT.target)
 
     def score(images, texts):
         seen.extend(texts)
         return nearness(images, texts)
 
     found = loco.localize(pipe, FACT, 2, score=score, **FAST)
-    assert found.layers == (3, 4) and set(seen) == set(FACT.target)
-    assert found.scores[3] == found.scores.max()
+    assert found.layers == (14, 15) and set(seen) == set(FACT.target)
+    assert found.scores[14] == found.scores.max()
     own = loco.generate(pipe, FACT.target, **FAST)
     assert (found.neutral.images - own).abs().max() <= 1e-4 + 0.5 / 255
-    smallest = loco.localize(pipe, FACT, "smallest", score=nearness, threshold=-1 / 255, **FAST)
-    assert smallest.layers == (3, 4)
+    follows = loco.localize(pipe, FACT, "smallest", score=lambda i, t: 1 - differs(i, t), **FAST)
+    assert follows.layers == (14, 15) and [best for _, best in follows.tried] == [0, 1]
 
 
 def test_the_interval_is_the_percentile_bootstrap_of_the_mean():
