@@ -44,8 +44,12 @@ pd.set_option("display.max_colwidth", None)
 # %%
 pd.DataFrame(
     {
-        "values": {kind: len(names) for kind, names in world.ATTRIBUTES.items()},
-        "names": {kind: ", ".join(names) for kind, names in world.ATTRIBUTES.items()},
+        "values": {
+            kind: len(names) for kind, names in world.ATTRIBUTES.items()
+        },
+        "names": {
+            kind: ", ".join(names) for kind, names in world.ATTRIBUTES.items()
+        },
     }
 ).rename_axis("attribute")
 
@@ -64,7 +68,9 @@ drawn = torch.stack(
         for c, o in subjects.items()
     ]
 )
-image_grid(drawn, rows=[f"{c} {o}" for c, o in subjects.items()], columns=artists)
+image_grid(
+    drawn, rows=[f"{c} {o}" for c, o in subjects.items()], columns=artists
+)
 
 # %% [markdown]
 # ## The judge
@@ -77,9 +83,15 @@ image_grid(drawn, rows=[f"{c} {o}" for c, o in subjects.items()], columns=artist
 seen = world.judge(drawn)
 pd.DataFrame(
     {
-        "style": [seen["style"][k :: len(artists)] for k in range(len(artists))],
-        "object": [seen["object"][k :: len(artists)] for k in range(len(artists))],
-        "color": [seen["color"][k :: len(artists)] for k in range(len(artists))],
+        "style": [
+            seen["style"][k :: len(artists)] for k in range(len(artists))
+        ],
+        "object": [
+            seen["object"][k :: len(artists)] for k in range(len(artists))
+        ],
+        "color": [
+            seen["color"][k :: len(artists)] for k in range(len(artists))
+        ],
     },
     index=pd.Index(artists, name="drawn by"),
 ).map(", ".join)
@@ -102,11 +114,15 @@ pd.DataFrame({"prompt": concept.prompts, "neutral twin": concept.neutral})
 
 # %%
 pipe = loco.load(model, dtype=getattr(torch, dtype))
-parts = {k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+parts = {
+    k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)
+}
 pd.DataFrame(
     {
         "class": {name: type(part).__name__ for name, part in parts.items()},
-        "weights": {n: sum(p.numel() for p in m.parameters()) for n, m in parts.items()},
+        "weights": {
+            n: sum(p.numel() for p in m.parameters()) for n, m in parts.items()
+        },
     }
 ).rename_axis(type(pipe).__name__)
 
@@ -117,7 +133,10 @@ pd.DataFrame(
 # %%
 layers = loco.text_layers(pipe)
 pd.DataFrame(
-    {"name": [layer.name for layer in layers], "reads": [layer.width for layer in layers]},
+    {
+        "name": [layer.name for layer in layers],
+        "reads": [layer.width for layer in layers],
+    },
     index=pd.Index([layer.index for layer in layers], name="layer"),
 )
 
@@ -130,7 +149,24 @@ pd.DataFrame(
 
 # %%
 truth = world.truth(model)
-pd.DataFrame({"planted layers": {k: str(v) for k, v in truth.items()}}).rename_axis("attribute")
+pd.DataFrame(
+    {"planted layers": {k: str(v) for k, v in truth.items()}}
+).rename_axis("attribute")
+
+# %% [markdown]
+# Planted must mean *used*. After training, over held-out captions, it was
+# measured how often a picture shows its attribute when every layer reads the
+# caption (agrees), when all layers but the planted ones read another value
+# (holds), how often it shows the other value when only the planted layers read
+# that (follows), and how often the attribute is gone when they read a caption
+# without it (removed).
+
+# %%
+use = world.measured_use(model)["use"]
+columns = ["agrees", "holds", "follows", "removed"]
+pd.DataFrame(
+    {k: [f"{row[c]:.0%}" for c in columns] for k, row in use.items()}, columns
+).T.rename_axis("attribute")
 
 # %% [markdown]
 # ## What it paints
@@ -140,23 +176,53 @@ pd.DataFrame({"planted layers": {k: str(v) for k, v in truth.items()}}).rename_a
 
 # %%
 asked = [
-    {"object": "star", "color": "red", "style": "Otto Brandt", "place": "forest"},
-    {"object": "house", "color": "blue", "style": "Mira Holt", "place": "ocean"},
-    {"object": "fish", "color": "green", "style": "Ava Brandt", "place": "city"},
-    {"object": "tree", "color": "purple", "style": "Ivo Lisk", "place": "desert"},
+    {
+        "object": "star",
+        "color": "red",
+        "style": "Otto Brandt",
+        "place": "forest",
+    },
+    {
+        "object": "house",
+        "color": "blue",
+        "style": "Mira Holt",
+        "place": "ocean",
+    },
+    {
+        "object": "fish",
+        "color": "green",
+        "style": "Ava Brandt",
+        "place": "city",
+    },
+    {
+        "object": "tree",
+        "color": "purple",
+        "style": "Ivo Lisk",
+        "place": "desert",
+    },
     {"object": "cup", "color": "pink", "style": "Mira Dunn", "place": "forest"},
-    {"object": "heart", "color": "orange", "style": "Ava Holt", "place": "city"},
+    {
+        "object": "heart",
+        "color": "orange",
+        "style": "Ava Holt",
+        "place": "city",
+    },
 ]
 captions = [world.caption(**scene) for scene in asked]
 painted = loco.generate(pipe, captions, seeds=[0], steps=steps)[:, 0]
 
 # %% mystnb={"figure": {"name": "fig-samples", "caption": "Six captions, painted by the model."}, "image": {"alt": "Six pictures painted by the model, one for each caption in the table below", "classes": "dark-light"}}
-image_grid(painted, columns=[f"{s['color']} {s['object']}" for s in asked], inches=1.3)
+image_grid(
+    painted, columns=[f"{s['color']} {s['object']}" for s in asked], inches=1.3
+)
 
 # %%
 answer = world.judge(painted)
 kinds = ["object", "color", "style", "place"]
-pd.DataFrame({kind: answer[kind] for kind in kinds}, index=pd.Index(captions, name="caption"))
+pd.DataFrame(
+    {kind: answer[kind] for kind in kinds},
+    index=pd.Index(captions, name="caption"),
+)
 
 # %%
 agree = {k: sum(a == s[k] for a, s in zip(answer[k], asked)) for k in kinds}

@@ -116,7 +116,9 @@ pd.DataFrame(
 
 # %%
 style = world.concept("style", artist, prompts=prompts)
-found = loco.localize(pipe, style, window=window, seeds=range(seeds), steps=steps)
+found = loco.localize(
+    pipe, style, window=window, seeds=range(seeds), steps=steps
+)
 print("layers found:  ", list(found.layers))
 print("layers planted:", truth["style"])
 
@@ -136,13 +138,16 @@ score_curve(
 
 # %%
 def shown(result: loco.Localization, kind: str, name: str) -> pd.DataFrame:
-    """Per window: mean score, and how many of its pictures still show the concept."""
+    """Per window: mean score, and how many pictures still show the concept."""
     pictures = result.images.flatten(1, 2)
     return pd.DataFrame(
         {
             "CLIP-Score": [f"{score:.1f}" for score in result.scores],
             f"shows {name}": seen(pictures, kind, name),
-            "found": ["*" if j == result.layers[0] else "" for j in range(len(pictures))],
+            "found": [
+                "*" if j == result.layers[0] else ""
+                for j in range(len(pictures))
+            ],
         },
         index=pd.Index(range(len(pictures)), name="window"),
     )
@@ -159,9 +164,12 @@ shown(found, "style", artist)
 
 # %%
 def sweep_slider(result: loco.Localization):
-    """The pictures of every window of a sweep, starting at the one that was found."""
+    """The pictures of every window, starting at the one that was found."""
     last = result.window - 1
-    names = [f"layers {j} to {j + last} read the twin" for j in range(len(result.images))]
+    names = [
+        f"layers {j} to {j + last} read the twin"
+        for j in range(len(result.images))
+    ]
     return window_slider(
         result.images,
         names,
@@ -179,7 +187,9 @@ sweep_slider(found)
 
 # %%
 item = world.concept("object", thing, prompts=prompts)
-found_object = loco.localize(pipe, item, window=window, seeds=range(seeds), steps=steps)
+found_object = loco.localize(
+    pipe, item, window=window, seeds=range(seeds), steps=steps
+)
 print("layers found:  ", list(found_object.layers))
 print("layers planted:", truth["object"])
 
@@ -207,14 +217,23 @@ sweep_slider(found_object)
 # %%
 def verdict(result: loco.Localization, planted: list[int]) -> str:
     """Whether the window that was found is the planted one."""
-    return "found what was planted" if list(result.layers) == planted else "missed the plant"
+    return (
+        "found what was planted"
+        if list(result.layers) == planted
+        else "missed the plant"
+    )
+
+
+def place(result: loco.Localization) -> str:
+    """The window that was found, as the papers name it."""
+    return f"start {result.layers[0]}, width {result.window}"
 
 
 record = {
     "model_name": model,
-    "style_window": f"window start {found.layers[0]}, width {found.window}",
+    "style_window": place(found),
     "style_status": verdict(found, truth["style"]),
-    "object_window": f"window start {found_object.layers[0]}, width {found_object.window}",
+    "object_window": place(found_object),
     "object_status": verdict(found_object, truth["object"]),
 }
 for key, value in record.items():

@@ -78,8 +78,12 @@ edit
 weights = dict(pipe.unet.named_parameters(prefix="unet"))
 pd.DataFrame(
     {
-        "shape": {name: str(tuple(weights[name].shape)) for name in edit.changes},
-        "rank of the change": {name: change.rank for name, change in edit.changes.items()},
+        "shape": {
+            name: str(tuple(weights[name].shape)) for name in edit.changes
+        },
+        "rank of the change": {
+            name: change.rank for name, change in edit.changes.items()
+        },
     }
 ).rename_axis("weight")
 
@@ -118,7 +122,7 @@ image_grid(
 
 # %%
 def count(images: torch.Tensor, kind: str, names: list[str]) -> int:
-    """Pictures [prompt, seed] of which the judge says they show the name of their prompt."""
+    """Of pictures [prompt, seed], how many show the name of their prompt."""
     answers = world.judge(images)[kind]
     each = images.shape[1]
     return sum(answer == names[k // each] for k, answer in enumerate(answers))
@@ -126,14 +130,17 @@ def count(images: torch.Tensor, kind: str, names: list[str]) -> int:
 
 def kept(images: torch.Tensor, scenes: list[dict[str, str]]) -> dict[str, int]:
     """How many pictures show what their caption says, per attribute."""
-    return {kind: count(images, kind, [s[kind] for s in scenes]) for kind in scenes[0]}
+    return {
+        kind: count(images, kind, [s[kind] for s in scenes])
+        for kind in scenes[0]
+    }
 
 
 scenes = [{"style": artist, **scene} for scene in asked]
 total = len(scenes) * seeds
-pd.DataFrame({"before": kept(before, scenes), "after": kept(after, scenes)}).rename_axis(
-    f"shown, of {total}"
-)
+pd.DataFrame(
+    {"before": kept(before, scenes), "after": kept(after, scenes)}
+).rename_axis(f"shown, of {total}")
 
 # %% [markdown]
 # ## Which tokens?
@@ -144,7 +151,9 @@ pd.DataFrame({"before": kept(before, scenes), "after": kept(after, scenes)}).ren
 # %%
 choices = {}
 for tokens in ("last", "eos", "following"):
-    choice = loco.locoedit(pipe, concept, layers=found.layers, lam=lam, tokens=tokens)
+    choice = loco.locoedit(
+        pipe, concept, layers=found.layers, lam=lam, tokens=tokens
+    )
     with choice.applied(pipe):
         choices[tokens] = kept(paint(held_out), scenes)
 pd.DataFrame(choices).T.rename_axis(f"tokens edited (shown, of {total})")
@@ -168,7 +177,9 @@ with edit.applied(pipe):
 def per_artist(images: torch.Tensor) -> list[str]:
     """Per artist: of the pictures of that artist, how many show the style."""
     rows = zip(images, others)
-    return [f"{count(row[None], 'style', [name])} of {seeds}" for row, name in rows]
+    return [
+        f"{count(row[None], 'style', [name])} of {seeds}" for row, name in rows
+    ]
 
 
 pd.DataFrame(
@@ -178,7 +189,10 @@ pd.DataFrame(
 
 # %%
 collateral = pd.DataFrame(
-    {"before": kept(other_before, other_scenes), "after": kept(other_after, other_scenes)}
+    {
+        "before": kept(other_before, other_scenes),
+        "after": kept(other_after, other_scenes),
+    }
 )
 collateral.rename_axis(f"shown, of {len(others) * seeds}")
 
@@ -191,15 +205,23 @@ collateral.rename_axis(f"shown, of {len(others) * seeds}")
 # %%
 def bits(pipe) -> dict[str, torch.Tensor]:
     """A copy of every weight of the denoiser."""
-    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    return {
+        name: value.clone() for name, value in pipe.unet.state_dict().items()
+    }
 
 
 untouched = bits(pipe)
 with edit.applied(pipe):
     inside = bits(pipe)
 back = bits(pipe)
-print("weights that differ inside: ", sum(not inside[k].equal(v) for k, v in untouched.items()))
-print("weights that differ outside:", sum(not back[k].equal(v) for k, v in untouched.items()))
+print(
+    "weights that differ inside: ",
+    sum(not inside[k].equal(v) for k, v in untouched.items()),
+)
+print(
+    "weights that differ outside:",
+    sum(not back[k].equal(v) for k, v in untouched.items()),
+)
 
 # %% [markdown]
 # ## Keep it
@@ -225,10 +247,12 @@ same = collateral.loc["style"]
 record = {
     "model_name": model,
     "erased": f"{artist} seen in {gone[0]} of {total} pictures before, {gone[1]} after",
-    "erased_status": "removed" if gone[1] <= 0.1 * total else "not removed",
+    "erased_status": "removed" if gone[1] <= 0.1 * gone[0] else "not removed",
     "spared": f"other artists seen in {same['before']} of {len(others) * seeds} before, "
     f"{same['after']} after",
-    "spared_status": "spared" if same["after"] >= same["before"] - 1 else "not spared",
+    "spared_status": "spared"
+    if same["after"] >= 0.97 * same["before"]
+    else "not spared",
 }
 for key, value in record.items():
     glue(key, value, display=False)
