@@ -33,4 +33,4 @@ lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
 
 clean:
-	rm -rf _build $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf _build $(VENV) .venv-book build .pytest_cache .ruff_cache .hypothesis *.egg-info
