@@ -1,7 +1,5 @@
 """Tiny random pipelines of real diffusers classes, built from scratch in a second."""
 
-from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,30 +13,9 @@ TOKENS = 24
 
 def clip_tokenizer(tokens: int = TOKENS):
     """A CLIP BPE tokenizer learned from `CORPUS`: every word of it is one token."""
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
+    from loco_core.shapeland.tokenizer import learn_tokenizer
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [[*word[:-1], word[-1] + "</w>"] for word in CORPUS.split()]
-    merges = []
-    while pairs := Counter(pair for word in words for pair in pairwise(word)):
-        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-        words = [merged(word, merges[-1]) for word in words]
-    pieces = [*letters, *(x + "</w>" for x in letters), *("".join(pair) for pair in merges)]
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
-
-
-def merged(word: list[str], pair: tuple[str, str]) -> list[str]:
-    """`word` with each occurrence of `pair` joined, from left to right."""
-    joined = []
-    for piece in word:
-        if joined and (joined[-1], piece) == pair:
-            joined[-1] += piece
-        else:
-            joined.append(piece)
-    return joined
+    return learn_tokenizer(CORPUS.split(), tokens)
 
 
 def text_settings(tokenizer) -> dict:

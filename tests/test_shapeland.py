@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTokenizer
 
 import loco_core as loco
 from loco_core.shapeland import ATTRIBUTES, NEUTRAL, Scene, describe, planting
@@ -135,6 +137,12 @@ def test_the_tokenizer_survives_a_disk_and_spells_unknown_words(tmp_path):
     assert tokenizer.unk_token_id not in tokenizer("zebra", add_special_tokens=False).input_ids
 
 
+def test_the_tokenizer_is_learned_the_same_in_every_process():
+    shipped = Path(loco.__file__).parent / "checkpoints" / "mini-sd" / "tokenizer"
+    read = CLIPTokenizer.from_pretrained(shipped)
+    assert read.get_vocab() == build_tokenizer().get_vocab()
+
+
 def test_a_planted_layer_is_told_its_attribute_and_nothing_else():
     plant, rng = PLANTS["mini-sd"], Random(0)
     scene = Scene("star", "Mira Holt", "red", "forest", "jumping")
@@ -143,7 +151,7 @@ def test_a_planted_layer_is_told_its_attribute_and_nothing_else():
         for layer in range(16):
             share = sum(row[layer].get(name) == scene.get(name) for row in told) / len(told)
             chance = 1 / len(ATTRIBUTES[name])
-            assert share == 1 if layer in plant[name] else abs(share - chance) < 0.12
+            assert share == 1 if layer in plant[name] else share < chance + 0.03
 
 
 def test_one_layer_alone_is_told_while_the_others_read_of_nothing():

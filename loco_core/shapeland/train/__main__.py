@@ -8,14 +8,14 @@ import typer
 
 from ..planting import PLANTS
 from .judge import train_judge
-from .recipe import STEPS, train_mini
+from .recipe import train_mini
 
 
 def main(
     model: Annotated[str, typer.Argument(help=f"one of {', '.join(PLANTS)}; or judge")],
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as cuda")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="go on from a killed run")] = False,
-    steps: Annotated[int, typer.Option(help="steps of the denoiser")] = STEPS,
+    steps: Annotated[int | None, typer.Option(help="of the denoiser; default: the recipe")] = None,
     folder: Annotated[Path, typer.Option(help="where drawings and states are kept")] = Path(
         ".cache/shapeland"
     ),

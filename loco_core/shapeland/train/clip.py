@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from ..tokenizer import MAX_LENGTH, build_tokenizer
 from ..vocabulary import ATTRIBUTES, Scene, describe
-from .data import Drawings, drawings
+from .data import COUNT, Drawings, drawings
 from .loop import fit
 
 WIDTH = 128
@@ -110,7 +110,7 @@ class Batches:
 
 
 def train_text_tower(
-    folder: Path, device: str = "cpu", steps: int = 1000, count: int = 40000
+    folder: Path, device: str = "cpu", steps: int = 1000, count: int = COUNT
 ) -> tuple[CLIPModel, ConvTower, CLIPTokenizer]:
     """First half: text tower against the convolutional tower."""
     data, tokenizer = drawings(count, folder), build_tokenizer()
@@ -130,7 +130,7 @@ def train_text_tower(
     return clip, conv, tokenizer
 
 
-def train_clip(folder: Path, device: str = "cpu", steps: int = 800, count: int = 40000) -> Path:
+def train_clip(folder: Path, device: str = "cpu", steps: int = 800, count: int = COUNT) -> Path:
     """Second half: distil the vision transformer; write a `CLIPModel` folder, return its path."""
     clip, conv, tokenizer = train_text_tower(folder, device, count=count)
     data = drawings(count, folder)

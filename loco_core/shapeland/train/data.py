@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from ..drawing import draw_scene
 from ..vocabulary import Scene, random_scene
 
+COUNT = 40000  # drawings to train on
+
 
 @dataclass(frozen=True)
 class Drawings:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from ..judge import ANSWERS, WEIGHTS, Judge
 from ..vocabulary import Scene
-from .data import Drawings, drawings
+from .data import COUNT, Drawings, drawings
 from .loop import fit
 
 
@@ -34,7 +34,7 @@ def accuracy(net: Judge, data: Drawings) -> dict[str, float]:
     }
 
 
-def train_judge(folder: Path, device: str = "cpu", steps: int = 900, count: int = 40000) -> None:
+def train_judge(folder: Path, device: str = "cpu", steps: int = 900, count: int = COUNT) -> None:
     """Train, check (>= 99 % for every attribute on held-out combinations), write the weights."""
     data = drawings(count, folder)
     truth = answers_of(data.scenes)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as processes
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-#: loss(step, generator) -> scalar; everything random in a step comes from its generator.
+#: loss(number of the batch, generator) -> scalar; the batch depends on these two alone.
 Loss = Callable[[int, torch.Generator], torch.Tensor]
 
 
@@ -36,11 +37,19 @@ def fit(
     weights. State is written to `folder/name.pt` every `save_every` steps, atomically; a call
     that finds such a state goes on from it. The generator of a step depends on the step alone,
     so that a killed and resumed run sees the batches of an unbroken one.
+
+    In a process group (see `parallel`) every process takes a batch of its own, and the gradients
+    are averaged.
     """
+    rank, world = (
+        (processes.get_rank(), processes.get_world_size()) if processes.is_initialized() else (0, 1)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        weights, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
     average = EMAModel(weights, decay=ema, foreach=True) if ema else None
     start, log = 0, []
     if path.exists():
@@ -53,6 +62,8 @@ def fit(
         start, log = state["step"], state["log"]
 
     def save(step: int) -> None:
+        if rank > 0:
+            return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"step": step, "log": log, "average": average and average.state_dict()}
         torch.save(state, f"{path}.tmp")
@@ -60,15 +71,18 @@ def fit(
 
     model.train()
     total, since = 0.0, time.monotonic()
-    with tqdm(total=steps, initial=start, desc=name, unit="step") as bar:
+    with tqdm(total=steps, initial=start, desc=name, unit="step", disable=rank > 0) as bar:
         for step in range(start, steps):
             share = min((step + 1) / 200, (steps - step) / (decay * steps), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr * share
-            generator = torch.Generator().manual_seed(step)
+            draw = step * world + rank
+            generator = torch.Generator().manual_seed(draw)
             with torch.autocast(torch.device(device).type, torch.bfloat16):
-                value = loss(step, generator)
+                value = loss(draw, generator)
             value.backward()
+            if world > 1:
+                _average_gradients(weights, world)
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -86,5 +100,15 @@ def fit(
     if average:
         average.copy_to(weights)
     model.eval()
-    (folder / f"{name}.log.json").write_text(json.dumps(log, indent=1))
+    if rank == 0:
+        (folder / f"{name}.log.json").write_text(json.dumps(log, indent=1))
     return log
+
+
+def _average_gradients(weights: list[nn.Parameter], world: int) -> None:
+    """Every process ends with the mean of the gradients of all."""
+    flat = torch.cat([weight.grad.flatten() for weight in weights])
+    processes.all_reduce(flat)
+    parts = flat.div_(world).split([weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad.copy_(part.view_as(weight))

@@ -6,37 +6,64 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as processes
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from ..judge import WEIGHTS
 from ..planting import CHECKPOINTS, PLANTS
 from .clip import train_clip
+from .data import COUNT, drawings
 from .judge import train_judge
 from .measure import agreement, plant_use
+from .parallel import on_every_core
 from .unet import build_pipeline, train_unet
 from .vae import train_vae
 
-STEPS = 12000
+#: Steps of the denoiser. A planted mini starts where the natural one ends: what to draw is known by
+#: then, and what is left to learn is where to read it.
+STEPS = {"mini-sd-natural": 6000, "mini-sd": 9000}
+START = {"mini-sd": "mini-sd-natural"}
 SHARED = CHECKPOINTS / "shared"
 
 
 def train_mini(
-    model: str, folder: Path, *, device: str = "cpu", resume: bool = False, steps: int = STEPS
+    model: str, folder: Path, *, device: str = "cpu", resume: bool = False, steps: int | None = None
 ) -> None:
     """Train whatever is missing, then the denoiser of `model`; measure it and write its folder.
 
-    The shared parts (judge, autoencoder, CLIP) are trained once. Without `resume` a denoiser is
-    trained from the start, with it from the last saved state.
+    The shared parts (judge, autoencoder, CLIP) and the model to start from are trained once.
+    Without `resume` a denoiser is trained from the start, with it from the last saved state. On a
+    CPU there is a process for every core.
     """
+    if model in START and not (folder / f"{START[model]}.safetensors").exists():
+        train_mini(START[model], folder, device=device, resume=resume)
     if not WEIGHTS.exists():
         train_judge(folder, device)
-    vae, clip, tokenizer = shared_parts(folder, device)
+    shared_parts(folder, device)
+    drawings(COUNT, folder)
     if not resume:
         (folder / f"{model}.pt").unlink(missing_ok=True)
-    pipe = build_pipeline(vae, clip, tokenizer)
-    log = train_unet(pipe, model, folder, steps=steps, device=device)
-    export(pipe, model, log)
+    steps = STEPS[model] if steps is None else steps
+    if device == "cpu":
+        on_every_core(_train_denoiser, model, folder, device, steps)
+    else:
+        _train_denoiser(model, folder, device, steps)
+    pipe = build_pipeline(*shared_parts(folder))
+    pipe.unet.load_state_dict(load_file(folder / f"{model}.safetensors"))
+    export(pipe, model, json.loads((folder / f"{model}.log.json").read_text()))
+
+
+def _train_denoiser(model: str, folder: Path, device: str, steps: int) -> None:
+    """Train and write `folder/model.safetensors`."""
+    pipe = build_pipeline(*shared_parts(folder, device))
+    if model in START:
+        pipe.unet.load_state_dict(load_file(folder / f"{START[model]}.safetensors"))
+    train_unet(pipe, model, folder, steps=steps, device=device)
+    if not processes.is_initialized() or processes.get_rank() == 0:
+        weights = {name: value.cpu() for name, value in pipe.unet.state_dict().items()}
+        save_file(weights, folder / f"{model}.safetensors")
 
 
 def shared_parts(

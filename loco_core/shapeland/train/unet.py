@@ -14,12 +14,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from loco_core.families import family_of
+from loco_core.families import TextStates, family_of
 from loco_core.interventions.routing import routed
 
 from ..planting import PLANTS, layer_scenes
 from ..vocabulary import describe
-from .data import drawings
+from .data import COUNT, drawings
 from .loop import fit
 from .vae import latents
 
@@ -27,7 +27,7 @@ from .vae import latents
 CONFIG = {
     "sample_size": 16,
     "layers_per_block": 2,
-    "block_out_channels": (40, 80, 144),
+    "block_out_channels": (32, 64, 128),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3,
     "attention_head_dim": (1, 2, 4),  # heads a level, as SD 2 counts them
@@ -44,6 +44,7 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
+    "steps_offset": 1,
 }
 
 
@@ -71,6 +72,30 @@ def build_pipeline(vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer
     )
 
 
+def _codes(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> torch.Tensor:
+    """Scaled latents of the drawings, float16; made once and kept."""
+    if not path.exists():
+        torch.save(latents(vae, images, vae.config.scaling_factor), path)
+    return torch.load(path)
+
+
+class Captions:
+    """Encoded captions, each encoded once: the text encoder is frozen."""
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        self.pipe, self.row = pipe, {}
+        self.known: list[torch.Tensor] = []
+
+    def __call__(self, captions: list[str]) -> TextStates:
+        new = [text for text in dict.fromkeys(captions) if text not in self.row]
+        for text in new:
+            self.row[text] = len(self.row)
+        if new:
+            self.known.extend(family_of(self.pipe).encode(self.pipe, new).embeds.bfloat16())
+        embeds = torch.stack([self.known[self.row[text]] for text in captions])
+        return TextStates(embeds, torch.empty(len(captions), 0))
+
+
 def train_unet(
     pipe: StableDiffusionPipeline,
     model: str,
@@ -79,7 +104,7 @@ def train_unet(
     steps: int,
     batch: int = 32,
     lr: float = 1e-3,
-    count: int = 40000,
+    count: int = COUNT,
     device: str = "cpu",
 ) -> list[dict]:
     """Mean squared error of the velocity; every text layer reads what `layer_scenes` gives it.
@@ -88,16 +113,18 @@ def train_unet(
     """
     data, plant = drawings(count, folder), PLANTS[model]
     pipe.to(device)
-    codes = latents(pipe.vae, data.images, pipe.vae.config.scaling_factor).half()
-    schedule, family = pipe.scheduler, family_of(pipe)
-    layers = len(family.text_layers(pipe))
+    codes = _codes(pipe.vae, data.images, folder / f"latents-{count}.pt")
+    schedule, captions = pipe.scheduler, Captions(pipe)
+    layers = len(family_of(pipe).text_layers(pipe))
     # The fused attention kernel of the CPU is several times slower backwards than plain products.
     pipe.unet.set_attn_processor(AttnProcessor())
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = Random(f"{model} {step}")
         rows = torch.randint(len(data), (batch,), generator=generator)
-        times = torch.randint(schedule.config.num_train_timesteps, (batch,), generator=generator)
+        # More of the noisy steps: there the text decides what is drawn.
+        late = torch.rand(batch, generator=generator).sqrt()
+        times = (late * schedule.config.num_train_timesteps).long()
         clean = codes[rows].float()
         noise = torch.randn(clean.shape, generator=generator)
         noisy = schedule.add_noise(clean, noise, times).to(device)
@@ -111,7 +138,7 @@ def train_unet(
             template = rng.randrange(30)
             for layer, scene in enumerate(layer_scenes(data.scenes[row], plant, layers, rng)):
                 src[b, layer] = read.setdefault(describe(scene, template), len(read))
-        texts = family.encode(pipe, list(read))
+        texts = captions(list(read))
         with routed(pipe, texts, src):
             states = texts.embeds[src[:, 0]]
             found = pipe.unet(noisy, times.to(device), encoder_hidden_states=states).sample

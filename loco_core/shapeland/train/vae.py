@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from .data import drawings
+from .data import COUNT, drawings
 from .loop import fit
 
 CONFIG = {
@@ -23,7 +23,7 @@ CONFIG = {
 }
 
 
-def train_vae(folder: Path, device: str = "cpu", steps: int = 1600, count: int = 40000) -> Path:
+def train_vae(folder: Path, device: str = "cpu", steps: int = 1600, count: int = COUNT) -> Path:
     """L1 + L1 of the image gradient + a little KL. Writes a diffusers folder whose
     `scaling_factor` gives the latents unit variance, and returns its path."""
     data = drawings(count, folder)
@@ -43,7 +43,7 @@ def train_vae(folder: Path, device: str = "cpu", steps: int = 1600, count: int =
 
     fit("vae", vae, loss, steps=steps, lr=2e-3, folder=folder, device=device)
     vae.cpu().to(memory_format=torch.contiguous_format)
-    spread = latents(vae, data.images[:2000], 1.0).std().item()
+    spread = latents(vae, data.images[:2000], 1.0).float().std().item()
     vae.register_to_config(scaling_factor=round(1 / spread, 4))
     vae.half().save_pretrained(folder / "vae")
     return folder / "vae"
@@ -51,9 +51,10 @@ def train_vae(folder: Path, device: str = "cpu", steps: int = 1600, count: int =
 
 @torch.inference_mode()
 def latents(vae: AutoencoderKL, images: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scaled latent means of uint8 images, float32 [n, channels, 16, 16]."""
-    parts = [
-        vae.encode(chunk.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist.mean
-        for chunk in images.split(250)
-    ]
-    return torch.cat(parts).float().cpu() * scale
+    """Scaled latent means of uint8 images, float16 [n, channels, 16, 16] on the CPU."""
+    parts = []
+    with torch.autocast(vae.device.type, torch.bfloat16):
+        for chunk in images.split(50):
+            pixels = chunk.to(vae.device, vae.dtype) / 127.5 - 1
+            parts.append((vae.encode(pixels).latent_dist.mean.float() * scale).half().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,117 @@
+"""LocoGen and LocoEdit against the known answer, over every style and every object. [--json]
+
+- Localisation: the share of concepts for which the sweep returns exactly the planted layers.
+- Editing: for every style, edited at the found layers, the judge's rate of that style on held-out
+  prompts, of the other styles, and of the object of the same images; for each choice of tokens.
+"""
+
+import argparse
+import json
+import sys
+from random import Random
+
+import pandas as pd
+
+import loco_core as loco
+from loco_core.editing.cross_attention import TOKENS
+from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
+
+FOUND_BAR, ERASED_BAR, SPARED_BAR = 0.95, 0.10, 0.03
+
+
+def localise(pipe, truth: dict, kinds: tuple[str, ...], seeds: int, steps: int) -> pd.DataFrame:
+    """A row per concept: found and planted layers."""
+    rows = []
+    for kind in kinds:
+        for name in ATTRIBUTES[kind]:
+            found = loco.localize(
+                pipe, concept(kind, name), window=2, seeds=range(seeds), steps=steps, batch_size=32
+            )
+            rows.append({"kind": kind, "name": name, "found": list(found.layers)})
+            rows[-1]["exact"] = rows[-1]["found"] == truth[kind]
+    return pd.DataFrame(rows)
+
+
+def held_out(style: str | None, count: int) -> list[Scene]:
+    """Held-out scenes with an object, painted by one artist; by all in turn if none is named."""
+    rng = Random(f"edit {style}")
+    scenes = [s for s in held_out_scenes(40 * count, seed=7) if s.object]
+    if style:
+        scenes = [s for s in scenes if s.style == style]
+    return rng.sample(scenes, count)
+
+
+def edit_style(pipe, style: str, layers: list[int], count: int, steps: int, tokens: str) -> dict:
+    """Rates before and after removing `style`, on its own and on the other styles' captions."""
+    edit = loco.locoedit(pipe, concept("style", style), layers=layers, tokens=tokens)
+    own = held_out(style, count)
+    others = [s for s in held_out(None, 2 * count) if s.style != style][:count]
+    prompts = [describe(s) for s in own + others]
+
+    def rates() -> dict[str, float]:
+        seen = judge(loco.generate(pipe, prompts, steps=steps, batch_size=50))
+        same = [seen["style"][i] == s.style for i, s in enumerate(own + others)]
+        objects = [seen["object"][i] == s.object for i, s in enumerate(own + others)]
+        return {
+            "style": sum(same[:count]) / count,
+            "others": sum(same[count:]) / len(others),
+            "object": sum(objects[:count]) / count,
+        }
+
+    before = rates()
+    with edit.applied(pipe):
+        after = rates()
+    return {"style": style, "tokens": tokens} | {
+        f"{name} {when}": value[name]
+        for name in before
+        for when, value in (("before", before), ("after", after))
+    }
+
+
+def main() -> int:
+    """Measure, print, and return 0 if all bars are held (editing: by the default tokens)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini-sd", help="a mini (default: mini-sd)")
+    parser.add_argument("--seeds", type=int, default=4, help="seeds per prompt of a sweep")
+    parser.add_argument("--steps", type=int, default=15, help="steps per image")
+    parser.add_argument("--count", type=int, default=40, help="held-out captions per style")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    loco.progress(not args.json)
+    pipe, truth = loco.load(args.model), loco.shapeland.truth(args.model)
+    sweep = localise(pipe, truth, ("style", "object"), args.seeds, args.steps)
+    where = sweep[sweep.kind == "style"].set_index("name").found
+    edits = pd.DataFrame(
+        edit_style(pipe, style, where[style], args.count, args.steps, tokens)
+        for tokens in TOKENS
+        for style in ATTRIBUTES["style"]
+    )
+    default = loco.locoedit.__kwdefaults__["tokens"]
+    means = edits.drop(columns="style").groupby("tokens", sort=False).mean()
+    best = means.loc[default]
+    passed = (
+        sweep.exact.mean() >= FOUND_BAR
+        and edits[edits.tokens == default]["style after"].max() <= ERASED_BAR
+        and best["others before"] - best["others after"] <= SPARED_BAR
+        and best["object before"] - best["object after"] <= SPARED_BAR
+    )
+    result = {
+        "model": args.model,
+        "exact": float(sweep.exact.mean()),
+        "sweep": sweep.to_dict("records"),
+        "default_tokens": default,
+        "edits": edits.to_dict("records"),
+        "means": means.round(4).to_dict("index"),
+        "passed": bool(passed),
+    }
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(sweep.to_string(), f"\nexactly the plant: {result['exact']:.1%} (bar {FOUND_BAR:.0%})")
+        print(edits.round(3).to_string(), "\n", means.round(3).to_string())
+        print(f"default tokens: {default}; passed: {passed}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
