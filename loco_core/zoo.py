@@ -1,7 +1,8 @@
 """Models by name: the minis that come with the library, a folder, or a Hub id.
 
 A mini is a plain diffusers folder below `checkpoints/`. Components that several minis have in
-common are stored once, in the folder `shared/` beside them, and are filled in from there.
+common are stored once, in the folder that the mini's index names (or `shared/`), and are filled in
+from there.
 """
 
 import importlib
@@ -95,14 +96,15 @@ def _is_there(folder: Path | None, component: str) -> bool:
 
 
 def _shared_components(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Components listed in `index` that lie in `shared/` beside `folder` instead of in it."""
+    """Components listed in `index` that lie not in `folder` but beside it: in the folder that the
+    index names under "_shared_from", such as another mini, or else in `shared/`."""
     found = {}
     for component, entry in index.items():
         listed = isinstance(entry, list) and entry[0] is not None
         optional = component in ("safety_checker", "feature_extractor", "image_encoder")
         if not listed or optional or (folder / component).is_dir():
             continue
-        home = folder.parent / SHARED / component
+        home = folder.parent / index.get("_shared_from", SHARED) / component
         if not home.is_dir():
             raise ValueError(
                 f"{folder} lacks its component {component!r}, and {home} "

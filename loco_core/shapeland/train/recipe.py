@@ -26,6 +26,8 @@ from .vae import train_vae
 STEPS = {"mini-sd-natural": 6000, "mini-sd": 9000}
 START = {"mini-sd": "mini-sd-natural"}
 SHARED = CHECKPOINTS / "shared"
+#: The mini whose folder is complete; the others take what they share with it from there.
+COMPLETE = "mini-sd"
 
 
 def train_mini(
@@ -37,7 +39,7 @@ def train_mini(
     Without `resume` a denoiser is trained from the start, with it from the last saved state. On a
     CPU there is a process for every core.
     """
-    if model in START and not (folder / f"{START[model]}.safetensors").exists():
+    if model in START and _trained(START[model], folder) is None:
         train_mini(START[model], folder, device=device, resume=resume)
     if not WEIGHTS.exists():
         train_judge(folder, device)
@@ -53,49 +55,72 @@ def train_mini(
     pipe = build_pipeline(*shared_parts(folder))
     pipe.unet.load_state_dict(load_file(folder / f"{model}.safetensors"))
     export(pipe, model, json.loads((folder / f"{model}.log.json").read_text()))
+    if not (SHARED / "clip").exists():
+        shutil.copytree(folder / "clip", SHARED / "clip")
 
 
 def _train_denoiser(model: str, folder: Path, device: str, steps: int) -> None:
     """Train and write `folder/model.safetensors`."""
     pipe = build_pipeline(*shared_parts(folder, device))
     if model in START:
-        pipe.unet.load_state_dict(load_file(folder / f"{START[model]}.safetensors"))
+        pipe.unet.load_state_dict(load_file(_trained(START[model], folder)))
     train_unet(pipe, model, folder, steps=steps, device=device)
     if not processes.is_initialized() or processes.get_rank() == 0:
         weights = {name: value.cpu() for name, value in pipe.unet.state_dict().items()}
         save_file(weights, folder / f"{model}.safetensors")
 
 
+def _trained(model: str, folder: Path) -> Path | None:
+    """The trained denoiser of a model: of this run, or else the published one."""
+    published = CHECKPOINTS / model / "unet" / "diffusion_pytorch_model.safetensors"
+    return next((p for p in (folder / f"{model}.safetensors", published) if p.exists()), None)
+
+
 def shared_parts(
     folder: Path, device: str = "cpu"
 ) -> tuple[AutoencoderKL, CLIPModel, CLIPTokenizer]:
-    """The autoencoder and the CLIP that all minis share; trained if they are not there."""
-    for name, train in (("vae", train_vae), ("clip", train_clip)):
-        if not (SHARED / name / "config.json").exists():
-            shutil.copytree(train(folder, device), SHARED / name, dirs_exist_ok=True)
+    """The autoencoder and the CLIP that all minis share: published, or trained into `folder`."""
+    found = {}
+    for name, home, train in (
+        ("vae", CHECKPOINTS / COMPLETE, train_vae),
+        ("clip", SHARED, train_clip),
+    ):
+        places = (home / name, folder / name)
+        there = (place for place in places if (place / "config.json").exists())
+        found[name] = next(there, None) or train(folder, device)
     return (
-        AutoencoderKL.from_pretrained(SHARED / "vae", torch_dtype=torch.float32).eval(),
-        CLIPModel.from_pretrained(SHARED / "clip", dtype=torch.float32).eval(),
-        CLIPTokenizer.from_pretrained(SHARED / "clip"),
+        AutoencoderKL.from_pretrained(found["vae"], dtype=torch.float32).eval(),
+        CLIPModel.from_pretrained(found["clip"], dtype=torch.float32).eval(),
+        CLIPTokenizer.from_pretrained(found["clip"]),
     )
 
 
 def export(pipe: Any, model: str, log: list[dict]) -> None:
-    """Write `checkpoints/model`: a plain diffusers folder in float16, truth.json and a card."""
+    """Write `checkpoints/model`: a diffusers folder in float16, truth.json and a card."""
     pipe = pipe.to("cpu", torch.float32)
-    agrees = agreement(pipe)
     record = {
         "model": model,
         "planted": {name: list(layers) for name, layers in PLANTS[model].items()},
-        "agreement": agrees,
+        "agreement": agreement(pipe),
         "use": plant_use(pipe, PLANTS[model]),
     }
     target = CHECKPOINTS / model
     pipe.to(dtype=torch.float16).save_pretrained(target)
+    pipe.to(dtype=torch.float32)
+    if model != COMPLETE:
+        _share(target)
     (target / "truth.json").write_text(json.dumps(record, indent=1) + "\n")
     (target / "training.json").write_text(json.dumps(log[:: max(1, len(log) // 100)]) + "\n")
     (target / "README.md").write_text(_card(model, record, log))
-    pipe.to(dtype=torch.float32)
+
+
+def _share(target: Path) -> None:
+    """Drop the components that the complete mini has, and say in the index where they are."""
+    path = target / "model_index.json"
+    index = json.loads(path.read_text())
+    for component in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(target / component)
+    path.write_text(json.dumps(index | {"_shared_from": COMPLETE}, indent=2) + "\n")
 
 
 def _card(model: str, record: dict, log: list[dict]) -> str:

@@ -144,8 +144,6 @@ def train_unet(
             found = pipe.unet(noisy, times.to(device), encoder_hidden_states=states).sample
         return F.mse_loss(found.float(), velocity)
 
-    log = fit(
-        model, pipe.unet, loss, steps=steps, lr=lr, folder=folder, ema=0.999, device=device
-    )
+    log = fit(model, pipe.unet, loss, steps=steps, lr=lr, folder=folder, ema=0.999, device=device)
     pipe.unet.set_default_attn_processor()
     return log
