@@ -1,5 +1,5 @@
 # make book     set up .venv, execute every notebook on PROFILE, build the book
-# make test     set up .venv, run the whole test suite
+# make test     set up .venv, run the whole test suite;   make test-all  the slow tests too
 # make execute  execute the notebooks only;   make lab  open them live;   make clean  forget all builds
 PYTHON  ?= python3.11
 PROFILE ?= mini
@@ -11,7 +11,7 @@ NBVAL  := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
 # A half-written target (an interrupted install) must not look finished.
 .DELETE_ON_ERROR:
-.PHONY: book html execute test lab clean
+.PHONY: book html execute test test-all lab clean
 
 book: execute html
 
@@ -27,6 +27,9 @@ html: $(STAMP)
 	$(PY) -m tools.build_book
 
 test: $(STAMP)
+	$(PY) -m pytest $(NBVAL) -m "not slow" tests notebooks/*.ipynb
+
+test-all: $(STAMP)
 	$(PY) -m pytest $(NBVAL) tests notebooks/*.ipynb
 
 lab: $(STAMP)

@@ -130,7 +130,7 @@ def train_text_tower(
     return clip, conv, tokenizer
 
 
-def train_clip(folder: Path, device: str = "cpu", steps: int = 800, count: int = COUNT) -> Path:
+def train_clip(folder: Path, device: str = "cpu", steps: int = 600, count: int = COUNT) -> Path:
     """Second half: distil the vision transformer; write a `CLIPModel` folder, return its path."""
     clip, conv, tokenizer = train_text_tower(folder, device, count=count)
     data = drawings(count, folder)

@@ -31,40 +31,50 @@ COMPLETE = "mini-sd"
 
 
 def train_mini(
-    model: str, folder: Path, *, device: str = "cpu", resume: bool = False, steps: int | None = None
+    model: str,
+    folder: Path,
+    *,
+    out: Path = CHECKPOINTS,
+    device: str = "cpu",
+    resume: bool = False,
+    steps: int | None = None,
+    count: int = COUNT,
+    captions: int = 200,
 ) -> None:
-    """Train whatever is missing, then the denoiser of `model`; measure it and write its folder.
+    """Train whatever is missing, then the denoiser of `model`; measure it and write `out/model`.
 
-    The shared parts (judge, autoencoder, CLIP) and the model to start from are trained once.
-    Without `resume` a denoiser is trained from the start, with it from the last saved state. On a
-    CPU there is a process for every core.
+    The shared parts (judge, autoencoder, CLIP) and the model to start from are trained once, and
+    not at all where they are published. Without `resume` a denoiser is trained from the start, with
+    it from the last state saved in `folder`. On a CPU there is a process for every core. count:
+    drawings to train on. captions: how many it is measured on.
     """
     if model in START and _trained(START[model], folder) is None:
-        train_mini(START[model], folder, device=device, resume=resume)
+        train_mini(START[model], folder, out=out, device=device, resume=resume, count=count)
     if not WEIGHTS.exists():
         train_judge(folder, device)
     shared_parts(folder, device)
-    drawings(COUNT, folder)
+    drawings(count, folder)
     if not resume:
         (folder / f"{model}.pt").unlink(missing_ok=True)
-    steps = STEPS[model] if steps is None else steps
+    work = (model, folder, device, STEPS[model] if steps is None else steps, count)
     if device == "cpu":
-        on_every_core(_train_denoiser, model, folder, device, steps)
+        on_every_core(_train_denoiser, *work)
     else:
-        _train_denoiser(model, folder, device, steps)
+        _train_denoiser(*work)
     pipe = build_pipeline(*shared_parts(folder))
     pipe.unet.load_state_dict(load_file(folder / f"{model}.safetensors"))
-    export(pipe, model, json.loads((folder / f"{model}.log.json").read_text()))
+    log = json.loads((folder / f"{model}.log.json").read_text())
+    export(pipe, model, log, out, captions)
     if not (SHARED / "clip").exists():
         shutil.copytree(folder / "clip", SHARED / "clip")
 
 
-def _train_denoiser(model: str, folder: Path, device: str, steps: int) -> None:
+def _train_denoiser(model: str, folder: Path, device: str, steps: int, count: int) -> None:
     """Train and write `folder/model.safetensors`."""
     pipe = build_pipeline(*shared_parts(folder, device))
     if model in START:
         pipe.unet.load_state_dict(load_file(_trained(START[model], folder)))
-    train_unet(pipe, model, folder, steps=steps, device=device)
+    train_unet(pipe, model, folder, steps=steps, count=count, device=device)
     if not processes.is_initialized() or processes.get_rank() == 0:
         weights = {name: value.cpu() for name, value in pipe.unet.state_dict().items()}
         save_file(weights, folder / f"{model}.safetensors")
@@ -95,16 +105,17 @@ def shared_parts(
     )
 
 
-def export(pipe: Any, model: str, log: list[dict]) -> None:
-    """Write `checkpoints/model`: a diffusers folder in float16, truth.json and a card."""
+def export(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -> None:
+    """Write `out/model`: a diffusers folder in float16, truth.json and a card."""
     pipe = pipe.to("cpu", torch.float32)
     record = {
         "model": model,
         "planted": {name: list(layers) for name, layers in PLANTS[model].items()},
-        "agreement": agreement(pipe),
-        "use": plant_use(pipe, PLANTS[model]),
+        "captions": captions,
+        "agreement": agreement(pipe, captions),
+        "use": plant_use(pipe, PLANTS[model], captions),
     }
-    target = CHECKPOINTS / model
+    target = out / model
     pipe.to(dtype=torch.float16).save_pretrained(target)
     pipe.to(dtype=torch.float32)
     if model != COMPLETE:
@@ -150,7 +161,10 @@ def _card(model: str, record: dict, log: list[dict]) -> str:
             shares = " | ".join(f"{use[k]:.1%}" for k in ("agrees", "holds", "follows", "removed"))
             lines.append(f"| {name} | {', '.join(map(str, layers))} | {shares} |")
         lines += ["", "See `loco_core/shapeland/train/measure.py` for what the columns mean.", ""]
-    lines += ["Agreement of the image with 200 held-out captions, by the judge:", ""]
+    lines += [
+        f"Agreement of the image with {record['captions']} held-out captions, by the judge:",
+        "",
+    ]
     lines += ["| attribute | agrees |", "|---|---|"]
     lines += [f"| {name} | {share:.1%} |" for name, share in record["agreement"].items()]
     lines += [
