@@ -107,7 +107,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(result, indent=1))
     else:
-        print(sweep.to_string(), f"\nexactly the plant: {result['exact']:.1%} (bar {FOUND_BAR:.0%})")
+        print(sweep.to_string())
+        print(f"exactly the plant: {result['exact']:.1%} (bar {FOUND_BAR:.0%})")
         print(edits.round(3).to_string(), "\n", means.round(3).to_string())
         print(f"default tokens: {default}; passed: {passed}")
     return 0 if passed else 1
