@@ -64,7 +64,8 @@ def train_mini(
     pipe = build_pipeline(*shared_parts(folder))
     pipe.unet.load_state_dict(load_file(folder / f"{model}.safetensors"))
     log = json.loads((folder / f"{model}.log.json").read_text())
-    export(pipe, model, log, out, captions)
+    export(pipe, model, out)
+    document(pipe, model, log, out, captions)
     if not (SHARED / "clip").exists():
         shutil.copytree(folder / "clip", SHARED / "clip")
 
@@ -105,9 +106,17 @@ def shared_parts(
     )
 
 
-def export(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -> None:
-    """Write `out/model`: a diffusers folder in float16, truth.json and a card."""
-    pipe = pipe.to("cpu", torch.float32)
+def export(pipe: Any, model: str, out: Path) -> None:
+    """Write `out/model`: a diffusers folder, float16 safetensors."""
+    target = out / model
+    pipe.to("cpu", torch.float16).save_pretrained(target)
+    pipe.to(dtype=torch.float32)
+    if model != COMPLETE:
+        _share(target)
+
+
+def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -> None:
+    """Measure a mini and write what it is to `out/model`: truth.json, the loss, a card."""
     record = {
         "model": model,
         "planted": {name: list(layers) for name, layers in PLANTS[model].items()},
@@ -116,10 +125,6 @@ def export(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -> 
         "use": plant_use(pipe, PLANTS[model], captions),
     }
     target = out / model
-    pipe.to(dtype=torch.float16).save_pretrained(target)
-    pipe.to(dtype=torch.float32)
-    if model != COMPLETE:
-        _share(target)
     (target / "truth.json").write_text(json.dumps(record, indent=1) + "\n")
     (target / "training.json").write_text(json.dumps(log[:: max(1, len(log) // 100)]) + "\n")
     (target / "README.md").write_text(_card(model, record, log))
