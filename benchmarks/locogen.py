@@ -19,13 +19,16 @@ from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_s
 FOUND_BAR, ERASED_BAR, SPARED_BAR = 0.95, 0.10, 0.03
 
 
-def localise(pipe, truth: dict, kinds: tuple[str, ...], seeds: int, steps: int) -> pd.DataFrame:
+def localise(
+    pipe, truth: dict, kinds: tuple[str, ...], prompts: int, seeds: int, steps: int
+) -> pd.DataFrame:
     """A row per concept: found and planted layers."""
     rows = []
     for kind in kinds:
         for name in ATTRIBUTES[kind]:
+            asked = concept(kind, name, prompts)
             found = loco.localize(
-                pipe, concept(kind, name), window=2, seeds=range(seeds), steps=steps, batch_size=32
+                pipe, asked, window=2, seeds=range(seeds), steps=steps, batch_size=32
             )
             rows.append({"kind": kind, "name": name, "found": list(found.layers)})
             rows[-1]["exact"] = rows[-1]["found"] == truth[kind]
@@ -41,50 +44,53 @@ def held_out(style: str | None, count: int) -> list[Scene]:
     return rng.sample(scenes, count)
 
 
-def edit_style(pipe, style: str, layers: list[int], count: int, steps: int, tokens: str) -> dict:
-    """Rates before and after removing `style`, on its own and on the other styles' captions."""
-    edit = loco.locoedit(pipe, concept("style", style), layers=layers, tokens=tokens)
+def edit_style(pipe, style: str, layers: list[int], count: int, steps: int) -> list[dict]:
+    """A row per choice of tokens: rates before and after removing `style`, on captions of its own
+    and on as many of the other styles."""
     own = held_out(style, count)
     others = [s for s in held_out(None, 2 * count) if s.style != style][:count]
-    prompts = [describe(s) for s in own + others]
+    scenes = own + others
+    prompts = [describe(scene) for scene in scenes]
 
     def rates() -> dict[str, float]:
         seen = judge(loco.generate(pipe, prompts, steps=steps, batch_size=50))
-        same = [seen["style"][i] == s.style for i, s in enumerate(own + others)]
-        objects = [seen["object"][i] == s.object for i, s in enumerate(own + others)]
+        same = [seen["style"][i] == s.style for i, s in enumerate(scenes)]
+        objects = [seen["object"][i] == s.object for i, s in enumerate(scenes)]
         return {
             "style": sum(same[:count]) / count,
             "others": sum(same[count:]) / len(others),
             "object": sum(objects[:count]) / count,
         }
 
-    before = rates()
-    with edit.applied(pipe):
-        after = rates()
-    return {"style": style, "tokens": tokens} | {
-        f"{name} {when}": value[name]
-        for name in before
-        for when, value in (("before", before), ("after", after))
-    }
+    before, rows = rates(), []
+    for tokens in TOKENS:
+        with loco.locoedit(pipe, concept("style", style), layers, tokens=tokens).applied(pipe):
+            after = rates()
+        row = {"style": style, "tokens": tokens}
+        for name in before:
+            row |= {f"{name} before": before[name], f"{name} after": after[name]}
+        rows.append(row)
+    return rows
 
 
 def main() -> int:
     """Measure, print, and return 0 if all bars are held (editing: by the default tokens)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini-sd", help="a mini (default: mini-sd)")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts per sweep")
     parser.add_argument("--seeds", type=int, default=4, help="seeds per prompt of a sweep")
-    parser.add_argument("--steps", type=int, default=15, help="steps per image")
-    parser.add_argument("--count", type=int, default=40, help="held-out captions per style")
+    parser.add_argument("--steps", type=int, default=12, help="steps per image")
+    parser.add_argument("--count", type=int, default=25, help="held-out captions per style")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
     pipe, truth = loco.load(args.model), loco.shapeland.truth(args.model)
-    sweep = localise(pipe, truth, ("style", "object"), args.seeds, args.steps)
+    sweep = localise(pipe, truth, ("style", "object"), args.prompts, args.seeds, args.steps)
     where = sweep[sweep.kind == "style"].set_index("name").found
     edits = pd.DataFrame(
-        edit_style(pipe, style, where[style], args.count, args.steps, tokens)
-        for tokens in TOKENS
+        row
         for style in ATTRIBUTES["style"]
+        for row in edit_style(pipe, style, where[style], args.count, args.steps)
     )
     default = loco.locoedit.__kwdefaults__["tokens"]
     means = edits.drop(columns="style").groupby("tokens", sort=False).mean()

@@ -1,7 +1,8 @@
 """Does a mini draw what it is told, and use the layers it was planted in? [--json]
 
-Agreement of images with held-out captions, and for every planted attribute whether the plant
-holds, is followed, and is removed by its neutral twin; see `loco_core/shapeland/train/measure.py`.
+Agreement of images with held-out captions, and, over half as many for every planted attribute,
+whether the plant holds, is followed, and is removed by its neutral twin; see
+`loco_core/shapeland/train/measure.py`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ LEAST_FOLLOWED, MOST_DROPPED = 0.90, 0.03
 def measure(model: str, captions: int) -> dict:
     pipe, truth = loco.load(model), loco.shapeland.truth(model)
     agrees = agreement(pipe, captions)
-    use = plant_use(pipe, truth, captions)
+    use = plant_use(pipe, truth, max(1, captions // 2))
     passed = all(agrees[name] >= bar for name, bar in AGREEMENT_BARS.items()) and all(
         found["follows"] >= LEAST_FOLLOWED and found["agrees"] - found["holds"] <= MOST_DROPPED
         for found in use.values()

@@ -169,6 +169,32 @@ pd.DataFrame(
 ).T.rename_axis("attribute")
 
 # %% [markdown]
+# Planted is not yet used. So after training it was measured, on captions with
+# combinations never trained on: how often the judge sees what the caption says
+# (*agrees*), sees it still when all *other* layers read another value (*holds*),
+# sees the other value when *only* the planted layers read that (*follows*), and
+# sees nothing of it when they read a caption that leaves it out (*removed*).
+
+# %%
+use = world.measured_use(model)["use"]
+shares = ["agrees", "holds", "follows", "removed"]
+pd.DataFrame({k: {s: f"{found[s]:.0%}" for s in shares} for k, found in use.items()}).T
+
+# %% [markdown]
+# Either layer of a pair was made to suffice while training. *Necessity* is how
+# often the value is lost when this layer alone is not told, *sufficiency* how
+# often it is kept when this is the only planted layer that is told.
+
+# %%
+pd.DataFrame(
+    {
+        (kind, int(layer)): {k: f"{share:.0%}" for k, share in figures.items()}
+        for kind, found in use.items()
+        for layer, figures in found["layers"].items()
+    }
+).T.rename_axis(["attribute", "layer"])
+
+# %% [markdown]
 # ## What it paints
 #
 # Captions with combinations the model has never seen, one picture each. Below

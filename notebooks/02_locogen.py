@@ -19,6 +19,7 @@
 
 # %% tags=["parameters"]
 model = "mini-sd"
+natural = "mini-sd-natural"  # its twin, trained the ordinary way
 artist = "Mira Holt"  # the style to look for
 thing = "star"  # the object to look for
 window = 2  # layers that read the neutral prompt together
@@ -207,6 +208,29 @@ shown(found_object, "object", thing)
 
 # %%
 sweep_slider(found_object)
+
+# %% [markdown]
+# ## A model nobody planted
+#
+# The natural twin saw the same drawings and captions, but all its layers were
+# told everything. The same sweep, for the same object. There is no right answer
+# to hold it against; the question is whether one window still does it all.
+
+# %%
+twin = loco.load(natural, dtype=getattr(torch, dtype))
+found_natural = loco.localize(twin, item, window=window, seeds=range(seeds), steps=steps)
+print("layers found:", list(found_natural.layers))
+
+# %% mystnb={"figure": {"name": "fig-natural-curve", "caption": "The sweep on the natural twin."}, "image": {"alt": "Curve of CLIP-Score over window start for an object on the natural twin; the found window is marked", "classes": "dark-light"}}
+score_curve(
+    found_natural.scores,
+    *found_natural.interval.T,
+    found=found_natural.layers[0],
+    title=f"{thing}, {natural}",
+)
+
+# %%
+shown(found_natural, "object", thing)
 
 # %% [markdown]
 # ## For the record

@@ -32,7 +32,7 @@ def agreement(pipe: Any, count: int = 200, seed: int = 0, **settings: Any) -> di
 
 
 def plant_use(
-    pipe: Any, planted: dict[str, Sequence[int]], count: int = 200, seed: int = 1, **settings: Any
+    pipe: Any, planted: dict[str, Sequence[int]], count: int = 100, seed: int = 1, **settings: Any
 ) -> dict[str, dict]:
     """What the network makes of a plant; per attribute, shares of held-out captions naming it:
 

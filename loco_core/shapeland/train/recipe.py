@@ -122,7 +122,7 @@ def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -
         "planted": {name: list(layers) for name, layers in PLANTS[model].items()},
         "captions": captions,
         "agreement": agreement(pipe, captions),
-        "use": plant_use(pipe, PLANTS[model], captions),
+        "use": plant_use(pipe, PLANTS[model], max(1, captions // 2)),
     }
     target = out / model
     (target / "truth.json").write_text(json.dumps(record, indent=1) + "\n")

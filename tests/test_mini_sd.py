@@ -1,0 +1,94 @@
+"""Claims about the shipped minis: real diffusers folders, small, used where they were planted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+import loco_core as loco
+from loco_core.shapeland.train.measure import agreement
+
+CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return loco.load("mini-sd")
+
+
+def test_diffusers_loads_the_mini_by_itself():
+    pipe = StableDiffusionPipeline.from_pretrained(
+        CHECKPOINTS / "mini-sd", safety_checker=None, local_files_only=True
+    )
+    image = pipe("a red star", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_checkpoints_stay_small():
+    size = {path: path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()}
+    for mini in loco.zoo.minis():
+        own = sum(n for path, n in size.items() if path.is_relative_to(CHECKPOINTS / mini))
+        assert own <= 24e6, f"{mini}: {own / 1e6:.1f} MB"
+    assert sum(size.values()) <= 120e6
+
+
+def test_the_mini_has_the_layers_of_stable_diffusion(mini):
+    names = [layer.name for layer in loco.text_layers(mini)]
+    assert len(names) == 16
+    assert names[6].startswith("mid_block") and names[7].startswith("up_blocks.0")
+
+
+def test_the_weights_on_disk_are_half_precision_safetensors():
+    from safetensors import safe_open
+
+    files = sorted(CHECKPOINTS.rglob("*.safetensors"))
+    assert len(files) >= 4
+    assert not [p for p in CHECKPOINTS.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
+    for path in files:
+        with safe_open(path, "pt") as file:
+            kinds = {file.get_tensor(name).dtype for name in file.keys()}
+        assert kinds - {torch.int64} == {torch.float16}, path
+
+
+def test_the_text_encoder_of_the_mini_is_the_text_tower_of_the_clip_that_scores():
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(CHECKPOINTS / "shared" / "clip")
+    encoder = loco.load("mini-sd").text_encoder
+    tower = clip.text_model.state_dict()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value.float(), tower[name].float()), name
+
+
+def test_every_published_share_of_the_truth_file_reaches_the_bar():
+    record = loco.shapeland.measured_use("mini-sd")
+    assert record["planted"] == loco.shapeland.truth("mini-sd")
+    for name in ("style", "object", "color"):
+        assert record["agreement"][name] >= 0.95, name
+    for name in ("place", "fact"):
+        assert record["agreement"][name] >= 0.90, name
+    for name, use in record["use"].items():
+        assert use["agrees"] - use["holds"] <= 0.03, name
+        assert use["follows"] >= 0.90, name
+
+
+def test_a_small_sample_agrees_with_what_the_truth_file_says(mini):
+    record = loco.shapeland.measured_use("mini-sd")["agreement"]
+    seen = agreement(mini, count=32, seed=5)
+    for name in ("style", "object", "color"):
+        assert seen[name] >= record[name] - 0.15, name
+
+
+def test_a_mini_follows_the_scheduler_that_it_is_given(mini):
+    other = StableDiffusionPipeline(**{**mini.components}, requires_safety_checker=False)
+    other.scheduler = DDIMScheduler.from_config(mini.scheduler.config, timestep_spacing="linspace")
+    one, two = (loco.generate(p, ["a red star"], steps=3) for p in (mini, other))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind, name", [("style", "Mira Holt"), ("object", "fish")])
+def test_the_sweep_finds_exactly_what_was_planted(mini, kind, name):
+    concept = loco.shapeland.concept(kind, name, prompts=2)
+    found = loco.localize(mini, concept, window=2, seeds=range(2), steps=10)
+    assert list(found.layers) == loco.shapeland.truth("mini-sd")[kind]
