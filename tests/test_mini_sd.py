@@ -39,6 +39,16 @@ def test_the_mini_has_the_layers_of_stable_diffusion(mini):
     assert names[6].startswith("mid_block") and names[7].startswith("up_blocks.0")
 
 
+def test_the_natural_twin_shares_all_but_its_denoiser(mini):
+    twin = loco.load("mini-sd-natural")
+    assert loco.shapeland.truth("mini-sd-natural") == {}
+    for name in ("vae", "text_encoder"):
+        mine, other = getattr(mini, name).state_dict(), getattr(twin, name).state_dict()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert not (CHECKPOINTS / "mini-sd-natural" / "vae").exists()
+    assert not torch.equal(mini.unet.conv_in.weight, twin.unet.conv_in.weight)
+
+
 def test_the_weights_on_disk_are_half_precision_safetensors():
     from safetensors import safe_open
 

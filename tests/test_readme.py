@@ -35,7 +35,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def copy_of_the_tree(folder: Path) -> Path:
     built = shutil.ignore_patterns(
-        ".git", ".venv*", ".cache", "_build", "build", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"
+        ".git", ".venv*", "_build", "build", "__pycache__", ".*cache", ".hypothesis", "*.egg-info"
     )
     return Path(shutil.copytree(ROOT, folder / "tree", ignore=built))
 
