@@ -10,6 +10,7 @@ import json
 import sys
 
 import pandas as pd
+import torch
 
 import loco_core as loco
 from loco_core.shapeland.train.measure import agreement, plant_use
@@ -34,10 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini-sd", help="a mini (default: mini-sd)")
     parser.add_argument("--captions", type=int, default=200, help="held-out captions")
+    parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
-    found = measure(args.model, args.captions)
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        found = measure(args.model, args.captions)
     if args.json:
         print(json.dumps(found, indent=1))
     else:

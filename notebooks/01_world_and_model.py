@@ -20,7 +20,7 @@
 
 # %% tags=["parameters"]
 model = "mini-sd"  # a model that comes with the library
-steps = 20  # of the scheduler, for each picture
+steps = 12  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%

@@ -25,7 +25,7 @@ thing = "star"  # the object to look for
 window = 2  # layers that read the neutral prompt together
 prompts = 2  # prompts per concept
 seeds = 2  # pictures per prompt
-steps = 12  # of the scheduler, for each picture
+steps = 8  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%

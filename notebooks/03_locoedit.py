@@ -23,7 +23,7 @@ artist = "Mira Holt"  # the style to remove
 window = 2  # layers that read the neutral prompt together
 prompts = 4  # prompts the edit is made from
 seeds = 2  # pictures per prompt
-steps = 12  # of the scheduler, for each picture
+steps = 8  # of the scheduler, for each picture
 lam = 0.01  # price of changing the weights
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
