@@ -23,7 +23,7 @@ from .vae import train_vae
 
 #: Steps of the denoiser. A planted mini starts where the natural one ends: what to draw is known by
 #: then, and what is left to learn is where to read it.
-STEPS = {"mini-sd-natural": 6000, "mini-sd": 9000}
+STEPS = {"mini-sd-natural": 1400, "mini-sd": 1700}
 START = {"mini-sd": "mini-sd-natural"}
 SHARED = CHECKPOINTS / "shared"
 #: The mini whose folder is complete; the others take what they share with it from there.
@@ -174,10 +174,11 @@ def _card(model: str, record: dict, log: list[dict]) -> str:
     lines += [f"| {name} | {share:.1%} |" for name, share in record["agreement"].items()]
     lines += [
         "",
-        f"Trained for {log[-1]['step']} steps in {hours:.1f} hours; the loss is in",
-        "`training.json`. To reproduce: "
-        f"`python -m loco_core.shapeland.train {model}`. Its pictures are drawings of a made-up",
-        "world: no person, no artist and no data set of the real one.",
+        f"Trained for {log[-1]['step']} steps of 64 pictures in {hours:.1f} hours"
+        + (f", from where {START[model]} ended." if model in START else "."),
+        "The loss is in `training.json`. To reproduce:",
+        f"`python -m loco_core.shapeland.train {model}`. Its pictures are drawings of a",
+        "made-up world: no person, no artist and no data set of the real one.",
         "",
     ]
     return "\n".join(lines)

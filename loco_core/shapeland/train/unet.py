@@ -4,6 +4,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.distributed as processes
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -102,15 +103,17 @@ def train_unet(
     folder: Path,
     *,
     steps: int,
-    batch: int = 32,
+    batch: int = 64,
     lr: float = 1e-3,
     count: int = COUNT,
     device: str = "cpu",
 ) -> list[dict]:
     """Mean squared error of the velocity; every text layer reads what `layer_scenes` gives it.
 
-    One example in ten reads the empty prompt everywhere, for classifier-free guidance.
+    One example in ten reads the empty prompt everywhere, for classifier-free guidance. batch:
+    pictures a step, shared out to the processes of a group.
     """
+    batch //= processes.get_world_size() if processes.is_initialized() else 1
     data, plant = drawings(count, folder), PLANTS[model]
     pipe.to(device)
     codes = _codes(pipe.vae, data.images, folder / f"latents-{count}.pt")
