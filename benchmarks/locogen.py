@@ -6,6 +6,7 @@
 """
 
 import argparse
+import inspect
 import json
 import sys
 from random import Random
@@ -86,7 +87,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         result = measure(args)
     if args.json:
         print(json.dumps(result, indent=1))
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict:
         for style in ATTRIBUTES["style"]
         for row in edit_style(pipe, style, where[style], args.count, args.steps)
     )
-    default = loco.locoedit.__kwdefaults__["tokens"]
+    default = inspect.signature(loco.locoedit).parameters["tokens"].default
     means = edits.drop(columns="style").groupby("tokens", sort=False).mean()
     best = means.loc[default]
     passed = (
