@@ -46,7 +46,9 @@ def held_out(style: str | None, count: int) -> list[Scene]:
     return rng.sample(scenes, count)
 
 
-def edit_style(pipe, style: str, layers: list[int], count: int, steps: int) -> list[dict]:
+def edit_style(
+    pipe, style: str, layers: list[int], count: int, steps: int, lam: float
+) -> list[dict]:
     """A row per choice of tokens: rates before and after removing `style`, on captions of its own
     and on as many of the other styles."""
     own = held_out(style, count)
@@ -66,7 +68,8 @@ def edit_style(pipe, style: str, layers: list[int], count: int, steps: int) -> l
 
     before, rows = rates(), []
     for tokens in TOKENS:
-        with loco.locoedit(pipe, concept("style", style), layers, tokens=tokens).applied(pipe):
+        edit = loco.locoedit(pipe, concept("style", style), layers, lam, tokens=tokens)
+        with edit.applied(pipe):
             after = rates()
         row = {"style": style, "tokens": tokens}
         for name in before:
@@ -83,6 +86,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=4, help="seeds per prompt of a sweep")
     parser.add_argument("--steps", type=int, default=12, help="steps per image")
     parser.add_argument("--count", type=int, default=25, help="held-out captions per style")
+    parser.add_argument("--lam", type=float, default=4.0, help="of the edit (squared key: 128)")
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -108,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict:
     edits = pd.DataFrame(
         row
         for style in ATTRIBUTES["style"]
-        for row in edit_style(pipe, style, where[style], args.count, args.steps)
+        for row in edit_style(pipe, style, where[style], args.count, args.steps, args.lam)
     )
     default = inspect.signature(loco.locoedit).parameters["tokens"].default
     means = edits.drop(columns="style").groupby("tokens", sort=False).mean()
@@ -121,6 +125,7 @@ def measure(args: argparse.Namespace) -> dict:
     )
     return {
         "model": args.model,
+        "lam": args.lam,
         "exact": float(sweep.exact.mean()),
         "sweep": sweep.to_dict("records"),
         "default_tokens": default,

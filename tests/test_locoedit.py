@@ -62,7 +62,7 @@ def test_edited_layers_read_every_key_as_its_target_as_lam_vanishes(tiny_sd):
     G = torch.stack([embeds(tiny_sd, GOGH.neutral[0])[2], embeds(tiny_sd, GOGH.neutral[1])[3]])
     missed = {}
     for lam in (1.0, 1e-2, 1e-4, 1e-9, 0.0):
-        edit = loco.locoedit(tiny_sd, GOGH, LAYERS, lam)
+        edit = loco.locoedit(tiny_sd, GOGH, LAYERS, lam, tokens="last")
         with edit.applied(tiny_sd):
             edited = projections(tiny_sd)
         missed[lam] = [
@@ -87,7 +87,7 @@ def test_only_the_chosen_layers_change(tiny_sd):
 
 
 def test_one_map_serves_every_layer_and_agrees_with_the_textbook_per_layer(tiny_sd):
-    edit = loco.locoedit(tiny_sd, GOGH, range(16), lam=0.01)
+    edit = loco.locoedit(tiny_sd, GOGH, range(16), lam=0.01, tokens="last")
     assert len(edit.changes) == 32 and len({id(change) for change in edit.changes.values()}) == 1
     C = torch.stack([embeds(tiny_sd, GOGH.prompts[0])[8], embeds(tiny_sd, GOGH.prompts[1])[6]])
     G = torch.stack([embeds(tiny_sd, GOGH.neutral[0])[2], embeds(tiny_sd, GOGH.neutral[1])[3]])
@@ -120,7 +120,7 @@ def test_tokens_are_paired_as_documented(tiny_sd, tokens):
     ],
 )
 def test_subject_reads_as_what_the_twin_has_in_its_place(tiny_sd, prompt, twin, last, instead):
-    edit = loco.locoedit(tiny_sd, one_pair(prompt, twin), LAYERS)
+    edit = loco.locoedit(tiny_sd, one_pair(prompt, twin), LAYERS, tokens="last")
     expected = embeds(tiny_sd, twin)[instead].double() - embeds(tiny_sd, prompt)[last].double()
     assert torch.equal(next(iter(edit.changes.values())).D[:, 0], expected)
 
@@ -152,8 +152,8 @@ def test_lam_of_keys_and_values_are_separate(tiny_sd):
 
 def test_preserved_prompts_keep_being_read_as_they_are(tiny_sd):
     kept = ["a photo of a dog running"]
-    edit = loco.locoedit(tiny_sd, GOGH, LAYERS, lam=1e-8, preserve=kept)
-    free = loco.locoedit(tiny_sd, GOGH, LAYERS, lam=1e-8)
+    edit = loco.locoedit(tiny_sd, GOGH, LAYERS, lam=1e-8, tokens="last", preserve=kept)
+    free = loco.locoedit(tiny_sd, GOGH, LAYERS, lam=1e-8, tokens="last")
     assert rank_of(edit) == rank_of(free) == 2
     words = embeds(tiny_sd, kept[0])[1:8]
     for name, W in projections(tiny_sd).items():

@@ -55,7 +55,7 @@ def locoedit(
     *,
     lam_k: float | None = None,
     lam_v: float | None = None,
-    tokens: str = "last",
+    tokens: str = "eos",
     preserve: Sequence[str] = (),
     target: str | Sequence[str] | None = None,
 ) -> Edit:
@@ -65,9 +65,12 @@ def locoedit(
     (arXiv 2405.01008; `closed_form` has the solution), with one solve for all of them.
 
     layers: indices of text layers in execution order, such as `found.layers` of a Localization.
-    lam: >= 0, the smaller the stronger; lam_k and lam_v overrule it for keys and values.
+    lam: >= 0, the smaller the stronger, in units of squared key length: at the paper's 0.01 every
+    row is met all but exactly, and concepts with similar keys are dragged along; a few percent of
+    the squared length spares them. lam_k and lam_v overrule it for keys and values.
     tokens: "last", the last token of the subject (the paper); "eos", and the end-of-text token;
-    "following", the last token of the subject and every later one, padding included.
+    "following", the last token of the subject and every later one, padding included. The default
+    is what erased most and cost least on mini-sd (benchmarks/locogen.py).
     preserve: prompts whose words and end-of-text (with "following" also padding) keep being read
     as they are. target: "neutral" (the concept's neutral twins), "target" (its target prompts), or
     prompts, one per prompt of the concept or one for all; None is "target" for a fact and
