@@ -107,10 +107,13 @@ def shared_parts(
 
 
 def export(pipe: Any, model: str, out: Path) -> None:
-    """Write `out/model`: a diffusers folder, float16 safetensors."""
+    """Write `out/model`: a diffusers folder, float16 safetensors, loaded in float32 by default."""
     target = out / model
     pipe.to("cpu", torch.float16).save_pretrained(target)
     pipe.to(dtype=torch.float32)
+    path = target / "text_encoder" / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
     if model != COMPLETE:
         _share(target)
 
