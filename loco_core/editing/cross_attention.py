@@ -69,8 +69,8 @@ def locoedit(
     row is met all but exactly, and concepts with similar keys are dragged along; a few percent of
     the squared length spares them. lam_k and lam_v overrule it for keys and values.
     tokens: "last", the last token of the subject (the paper); "eos", and the end-of-text token;
-    "following", the last token of the subject and every later one, padding included. The default
-    is what erased most and cost least on mini-sd (benchmarks/locogen.py).
+    "following", the last token of the subject and every later one, padding included. On
+    mini-sd "last" erased nothing, "following" most and at the highest cost to other styles.
     preserve: prompts whose words and end-of-text (with "following" also padding) keep being read
     as they are. target: "neutral" (the concept's neutral twins), "target" (its target prompts), or
     prompts, one per prompt of the concept or one for all; None is "target" for a fact and

@@ -9,6 +9,7 @@ To add a family: one file with a subclass of `Family`, and one line in `families
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,42 +56,42 @@ class TextStates:
         return self.embeds, self.tokens, self.mask, self.pooled
 
 
-class Family:
+class Family(ABC):
     """The questions a family answers; see the methods. Instances hold no state."""
 
     name: str
 
+    @abstractmethod
     def owns(self, pipe: Any) -> bool:
         """Whether `pipe` is of this family (subclasses of its pipeline class included)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoiser(self, pipe: Any) -> nn.Module:
         """The network that is called at every step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_layers(self, pipe: Any) -> tuple[TextLayer, ...]:
         """Text layers in execution order, recorded by running the denoiser once without weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
         """Text states of `prompts` as the pipeline itself would make them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kv(self, pipe: Any, layer: TextLayer) -> dict[str, nn.Linear]:
         """The projections of `layer` that read text, by their names below the attention module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
         """(channels, height, width) of the noise the pipeline starts from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
         """Keyword arguments that hand encoded prompts to the pipeline's `__call__`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
         """Where the `rows` prompts of a call sit in the denoiser's batch: [rows] long."""
-        raise NotImplementedError
 
     def tokenizer(self, pipe: Any) -> Any:
         """The tokenizer whose positions `TextStates.embeds` has."""
