@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.editing.cross_attention import TOKENS
+from loco_core.editing.rows import TOKENS
 from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
 
 FOUND_BAR, ERASED_BAR, SPARED_BAR = 0.95, 0.10, 0.03

@@ -22,6 +22,9 @@ _HOME = {
     "Localization": "localization.locogen",
     "TextLayer": "families",
     "clip_score": "evaluation.clip_score",
+    "compose": "editing.edit",
+    "diagnose": "editing.diagnostics",
+    "diff_quickfix": "editing.quickfix",
     "family_of": "families",
     "generate": "interventions.sampling",
     "load": "zoo",
@@ -29,6 +32,8 @@ _HOME = {
     "locoedit": "editing.cross_attention",
     "progress": "_progress",
     "text_layers": "families",
+    "time_edit": "editing.cross_attention",
+    "uce": "editing.cross_attention",
 }
 _WINGS = (
     "concepts",

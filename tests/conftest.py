@@ -1,6 +1,5 @@
 """Tiny random pipelines of real diffusers classes, built from scratch in a second."""
 
-
 import pytest
 import torch
 

@@ -185,7 +185,7 @@ def test_edits_of_different_weights_come_off_in_any_order(pipe):
 def test_edit_made_before_another_was_applied_is_refused_on_top_of_it(pipe):
     one, other = some_edit(pipe), some_edit(pipe, seed=5)
     with one.applied(pipe):
-        with pytest.raises(ValueError, match="changed by .*revert that, or make this edit on"):
+        with pytest.raises(ValueError, match="revert that and apply loco.compose.*, or make this"):
             other.apply(pipe)
     other.apply(pipe)
 

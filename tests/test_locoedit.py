@@ -6,7 +6,7 @@ from conftest import TOKENS as LENGTH
 from conftest import build_tiny_sd
 
 import loco_core as loco
-from loco_core.editing.cross_attention import TOKENS
+from loco_core.editing.rows import TOKENS
 
 GOGH = loco.Concept(
     "van gogh",
@@ -18,8 +18,18 @@ GOGH = loco.Concept(
 LAYERS = [8, 9]
 # BOS a red star by van gogh with a tree EOS pad: the last subject token is 6, EOS 10 in the prompt;
 # BOS a red star with a tree EOS pad: "star" is 3 and EOS 7 in the twin.
-IN_PROMPT = {"last": [6], "eos": [6, 10], "following": list(range(6, LENGTH))}
-IN_TWIN = {"last": [3], "eos": [3, 7], "following": [3, 4, 5, 6, 7, *range(11, LENGTH)]}
+IN_PROMPT = {
+    "last": [6],
+    "eos": [6, 10],
+    "following": list(range(6, LENGTH)),
+    "all": list(range(1, LENGTH)),
+}
+IN_TWIN = {
+    "last": [3],
+    "eos": [3, 7],
+    "following": [3, 4, 5, 6, 7, *range(11, LENGTH)],
+    "all": [1, 2, 3, 3, 3, 3, 4, 5, 6, 7, *range(11, LENGTH)],
+}
 
 
 def one_pair(prompt: str, twin: str, name: str = "van gogh") -> loco.Concept:
@@ -219,17 +229,23 @@ def test_edit_remembers_how_it_was_made(tiny_sd):
     assert edit.provenance.settings == {
         "method": "locoedit",
         "family": "stable-diffusion",
-        "concept": "van gogh",
-        "kind": "style",
         "layers": [8, 9],
-        "prompts": list(GOGH.prompts),
-        "targets": list(GOGH.neutral),
+        "concepts": [
+            {
+                "name": "van gogh",
+                "kind": "style",
+                "prompts": list(GOGH.prompts),
+                "neutral": list(GOGH.neutral),
+                "target": list(GOGH.neutral),
+            }
+        ],
         "tokens": "eos",
-        "lam_k": 0.5,
-        "lam_v": 0.5,
+        "lam": {"k": 0.5, "v": 0.5},
         "preserve": ["a dog"],
+        "null_space": None,
+        "scales": [1.0, 1.0],
     }
-    assert "concept='van gogh', layers=[8, 9]" in repr(edit)
+    assert "concept=van gogh, layers=[8, 9]" in repr(edit)
 
 
 BAD = {

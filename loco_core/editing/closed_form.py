@@ -13,7 +13,14 @@ same minimum from a k x k matrix, k the number of rows:
 
 D and R do not depend on W: the map T = I + D R is the same for every layer. A row to be preserved
 is mapped to itself (g = c), so its column of D is zero and is dropped: the rank is at most the
-number of *edited* rows. All of it is float64 linear algebra and knows nothing about diffusers.
+number of *edited* rows.
+
+A row to be preserved *exactly*, whatever lam, is taken out of the space in which W may move, as in
+SPEED (ICLR 2026): with P the projection on the complement of these rows, the keys of (2) are C P,
+
+    R = M C P,    M = (lam S^-1 + C P C^T)^-1                                                   (3)
+
+All of it is float64 linear algebra and knows nothing about diffusers.
 """
 
 from __future__ import annotations
@@ -109,6 +116,46 @@ class LowRankMap:
             new.copy_(exact.addmm_(exact @ D, R))
         return edited
 
+    @torch.no_grad()
+    def relative_change(self, weight: Tensor) -> float:
+        """||W' - W|| / ||W|| (Frobenius) of a weight W [out, d], from the factors alone.
+
+        Above 1 the edit is larger than what it edits. Raises ValueError unless W is a matrix with
+        `width` columns.
+        """
+        weight, D, R = self._aligned(weight)
+        # ||A R|| = ||A L|| with R R^T = L L^T, here through a QR of R^T
+        narrow = torch.linalg.qr(R.T).R.T
+        return float((weight.double() @ D @ narrow).norm() / weight.double().norm())
+
+    def scaled(self, scale: float) -> LowRankMap:
+        """I + scale D R: at 0 the identity, at 1 this map.
+
+        Raises ValueError for a scale that is not finite.
+        """
+        if not (isinstance(scale, Real) and math.isfinite(scale)):
+            raise ValueError(f"scale must be a finite number, not {scale!r}; 1 is the whole edit")
+        return LowRankMap(float(scale) * self.D, self.R)
+
+    def then(self, second: LowRankMap) -> LowRankMap:
+        """The map that first this one and then `second` make of a weight: (W T) T'.
+
+        T T' = I + D R + (T D') R': the ranks add up. Raises ValueError for maps of different width.
+
+        >>> import torch
+        >>> a, b, c = torch.eye(3).split(1)
+        >>> both = fit(a, b, lam=0.0).then(fit(b, c, lam=0.0))
+        >>> both.apply_to(torch.tensor([[5.0, 7.0, 9.0]]))
+        tensor([[7., 9., 9.]])
+        """
+        if second.width != self.width:
+            raise ValueError(
+                f"a map of width {self.width} cannot be followed by one of width {second.width}: "
+                "they were fitted to embeddings of different models"
+            )
+        moved = second.D + self.D @ (self.R @ second.D)
+        return LowRankMap(torch.cat([self.D, moved], dim=1), torch.cat([self.R, second.R]))
+
     def _aligned(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weight and the factors on one device that has float64."""
         if weight.ndim != 2 or weight.shape[1] != self.width:
@@ -128,17 +175,20 @@ def fit(
     lam: float,
     weights: Tensor | None = None,
     preserve: Tensor | None = None,
+    null_space: Tensor | None = None,
 ) -> LowRankMap:
-    """The map that makes every layer read `keys` as `targets`: equations (1) and (2) above.
+    """The map that makes every layer read `keys` as `targets`: equations (1) to (3) above.
 
     keys C and targets G: [n, d]; row i of G is what row i of C shall be read as. lam >= 0 is the
     price of moving the weight, in units of squared key length; at lam = 0 every row is met exactly,
     by the smallest possible change. weights s: [n], or [n + p] to weigh the preserved rows too
     (default: 1); >= 0, and a weight of 2 equals the row twice. preserve: [p, d], rows held where
-    they are. Any dtype and device; the solve is k x k, k = n + p, in float64 on the CPU.
+    they are as far as the others allow. null_space: [r, d], rows held exactly. Any dtype and
+    device; the solve is k x k, k = n + p, in float64 on the CPU.
 
     Raises ValueError for shapes that do not match, NaN or infinite values, a negative lam or
-    weight, and for lam = 0 when linearly dependent keys ask for contradicting targets.
+    weight, a null_space that holds every key, and for lam = 0 when linearly dependent keys ask for
+    contradicting targets.
 
     >>> import torch
     >>> keys, targets = torch.randn(2, 8), torch.randn(2, 8)
@@ -160,10 +210,9 @@ def fit(
         raise ValueError("keys is empty: give at least one row to edit")
     D = (G - C).T.contiguous()
     if preserve is not None:
-        kept = _rows("preserve", preserve)
-        if kept.shape[1] != d:
-            raise ValueError(f"preserve must have the keys' width {d}, but is {list(kept.shape)}")
-        C = torch.cat([C, kept])
+        C = torch.cat([C, _same_width("preserve", preserve, d)])
+    if null_space is not None:
+        C = _outside(C, _same_width("null_space", null_space, d), edited=n)
     # Row weights enter as A = sqrt(S) C: M C = sqrt(S) (lam I + A A^T)^-1 A, which allows s = 0.
     root = _row_weights(weights, n, len(C)).sqrt()[:, None]
     R = (root * _regularised_inverse(root * C, float(lam)))[:n].contiguous()
@@ -188,6 +237,21 @@ def _regularised_inverse(A: Tensor, lam: float) -> Tensor:
     return (U * gain) @ Vh
 
 
+def _outside(C: Tensor, held: Tensor, edited: int) -> Tensor:
+    """C P: the rows without their part in the span of the rows `held`."""
+    _, sigma, Vh = torch.linalg.svd(held, full_matrices=False)
+    basis = Vh[sigma > _cutoff(held) * sigma.max()] if len(held) else held
+    free = C - C @ basis.T @ basis
+    free -= free @ basis.T @ basis  # again: what rounding has left of the held span
+    lengths, before = free.norm(dim=1), C.norm(dim=1)
+    if (lengths[:edited] <= 1e-8 * before[:edited]).all():
+        raise ValueError(
+            f"null_space holds {len(basis)} of {C.shape[1]} directions, every key among them: "
+            "nothing is left to edit; hold fewer rows, or pass them as preserve"
+        )
+    return free
+
+
 def _check_interpolates(D: Tensor, R: Tensor, C: Tensor, counted: Tensor) -> None:
     """Raise unless T c_i = g_i: (D R) c_i is g_i - c_i for edited rows and 0 for preserved ones."""
     n = D.shape[1]
@@ -199,8 +263,8 @@ def _check_interpolates(D: Tensor, R: Tensor, C: Tensor, counted: Tensor) -> Non
         kind = f"keys[{worst}]" if worst < n else f"preserve[{worst - n}]"
         raise ValueError(
             f"lam=0 asks for every row exactly, but {kind} is a linear combination of other rows "
-            f"whose targets contradict it (missed by {missed[worst]:.3g}): drop the row or use "
-            "lam > 0, such as 0.01"
+            f"(or of the null space) whose targets contradict it (missed by {missed[worst]:.3g}): "
+            "drop the row or use lam > 0, such as 0.01"
         )
 
 
@@ -217,6 +281,13 @@ def _rows(name: str, rows: Tensor) -> Tensor:
     bad = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{name} holds NaN or infinite values in rows {bad}")
+    return rows
+
+
+def _same_width(name: str, rows: Tensor, d: int) -> Tensor:
+    rows = _rows(name, rows)
+    if rows.shape[1] != d:
+        raise ValueError(f"{name} must have the keys' width {d}, but is {list(rows.shape)}")
     return rows
 
 

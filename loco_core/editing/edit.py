@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .._warn import warn
 from ..records import Provenance, atomic_write, model_name, revision, same, versions
 from .closed_form import LowRankMap
 from .weights import fingerprint, linear_of, module_of
 
-__all__ = ["Edit"]
+__all__ = ["Edit", "compose"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "loco_core.edit"
 
 # Every edited module with its edits, newest last, each with the weight as it was before.
@@ -40,8 +40,9 @@ class Edit:
     """A change of the weights of one model, made by `loco_core.locoedit` and its kin.
 
     changes: weight name, from the pipeline down ("unet. ... .attn2.to_k.weight") -> its map.
-    provenance: model, fingerprint of the touched weights, settings of the method, versions.
-    Edits are equal when both are, bit for bit.
+    originals: weight name -> fingerprint of the weight that the map is for. provenance: model,
+    fingerprint of all of them, settings of the method, versions.
+    Edits are equal when all three are, bit for bit.
 
         edit = loco.locoedit(pipe, concept, layers=[8, 9])
         with edit.applied(pipe):
@@ -49,11 +50,14 @@ class Edit:
     """
 
     changes: Mapping[str, LowRankMap]
+    originals: Mapping[str, str]
     provenance: Provenance
 
     def __post_init__(self) -> None:
         if not self.changes:
             raise ValueError("an edit must change at least one weight, but `changes` is empty")
+        if self.originals.keys() != self.changes.keys():
+            raise ValueError("`originals` must name the same weights as `changes`")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Edit):
@@ -65,22 +69,56 @@ class Edit:
 
     def __repr__(self) -> str:
         made = self.provenance
-        what = {k: made.settings[k] for k in ("concept", "layers") if k in made.settings}
+        names = [c["name"] for part in parts_of(made.settings) for c in part["concepts"]]
+        told = f", concept={', '.join(names)}" if names else ""
+        if "layers" in made.settings:
+            told += f", layers={made.settings['layers']}"
+        if self.scale != 1:
+            told += f", scale={self.scale:g}"
         method = made.settings.get("method", "edit")
-        told = "".join(f", {name}={value!r}" for name, value in what.items())
         return f"<Edit: {method} of {len(self.changes)} weights of {made.model}{told}>"
 
+    @property
+    def scale(self) -> float:
+        """How much of the edit as it was made this is: see `scaled`."""
+        return self.provenance.settings.get("scale", 1.0)
+
+    def scaled(self, scale: float) -> Edit:
+        """The edit with `scale` times its change of every weight: 0 is none, 1 this one, 0.5 half.
+
+        Raises ValueError for a scale that is not finite.
+
+            with edit.scaled(0.5).applied(pipe): ...
+        """
+        scaled = {m: m.scaled(scale) for m in set(self.changes.values())}
+        settings = {**self.provenance.settings, "scale": self.scale * float(scale)}
+        return Edit(
+            {name: scaled[change] for name, change in self.changes.items()},
+            self.originals,
+            dataclasses.replace(self.provenance, settings=settings),
+        )
+
     @contextmanager
-    def applied(self, pipe: Any) -> Iterator[Any]:
+    def applied(self, pipe: Any, scale: float = 1.0) -> Iterator[Any]:
         """The edited pipeline for the length of a `with` block, then exactly the one before.
 
-        Restores also on an exception or Ctrl-C. Errors as `apply`.
+        scale: see `scaled`. Restores also on an exception or Ctrl-C. Errors as `apply`.
         """
-        self.apply(pipe)
+        edit = self if scale == 1 else self.scaled(scale)
+        edit.apply(pipe)
         try:
             yield pipe
         finally:
-            self.revert(pipe)
+            edit.revert(pipe)
+
+    def to_lora(self, path: str | Path, pipe: Any) -> None:
+        """Write the edit as a LoRA file that `pipe.load_lora_weights(path)` reads.
+
+        See `lora.save_lora`: the pipeline is asked for the weights W of B = W D.
+        """
+        from .lora import save_lora
+
+        save_lora(self, path, pipe)
 
     @torch.inference_mode()
     def apply(self, pipe: Any) -> None:
@@ -105,14 +143,14 @@ class Edit:
                 changed |= not torch.equal(before, after)
                 _applied.setdefault(module, []).append((self, before))
                 module.weight.copy_(after)
+            torch.clear_autocast_cache()  # or an outer autocast keeps using the old weights
         except BaseException:  # Ctrl-C too: no half-applied edit
             self._restore([module for module in modules.values() if _newest(module) == self])
             raise
         if not changed:
-            warnings.warn(
+            warn(
                 f"{self!r} changes nothing: its prompts and targets have the same embeddings, or "
                 "lam is too large for the dtype of the pipeline",
-                stacklevel=3,  # past the decorator
             )
 
     @torch.inference_mode()
@@ -141,14 +179,12 @@ class Edit:
         """
         from safetensors.torch import save
 
-        maps: list[LowRankMap] = []
-        for change in self.changes.values():
-            if not any(change == known for known in maps):
-                maps.append(change)
+        maps = list(dict.fromkeys(self.changes.values()))
         tensors = {f"{i}.{part}": getattr(m, part) for i, m in enumerate(maps) for part in "DR"}
         manifest = {
             "format": FORMAT,
             "weights": {name: maps.index(change) for name, change in self.changes.items()},
+            "originals": dict(self.originals),
             "provenance": dataclasses.asdict(self.provenance),
         }
         manifest["sha256"] = _seal(manifest, tensors)
@@ -175,14 +211,16 @@ class Edit:
                 raise ValueError(f"it has no {MANIFEST!r} in its metadata, so it is no edit")
             manifest = json.loads(metadata[MANIFEST])
             if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']!r}, this version reads 1")
+                raise ValueError(
+                    f"its format is {manifest['format']!r}, this version reads {FORMAT}"
+                )
             if manifest.pop("sha256") != _seal(manifest, tensors):
                 raise ValueError("its contents do not match their checksum")
             maps = [
                 LowRankMap(tensors[f"{i}.D"], tensors[f"{i}.R"]) for i in range(len(tensors) // 2)
             ]
             changes = {name: maps[i] for name, i in manifest["weights"].items()}
-            return cls(changes, Provenance(**manifest["provenance"]))
+            return cls(changes, manifest["originals"], Provenance(**manifest["provenance"]))
         except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"cannot load an edit from {path}: {error}; save the edit again"
@@ -200,21 +238,24 @@ class Edit:
                     f"{self!r} edits weights with {self.changes[name].width} columns, but {name} "
                     f"of this {model_name(pipe)} has {module.in_features}: it is another model"
                 )
-        if fingerprint({n: m.weight for n, m in modules.items()}) != self.provenance.fingerprint:
+        found = {name: fingerprint(module.weight) for name, module in modules.items()}
+        wrong = [name for name, mark in self.originals.items() if found[name] != mark]
+        if wrong:
             reason = (
-                f"they are changed by {sorted(map(repr, others))}: revert that, or make this edit "
-                "on the edited pipeline"
+                f"they are changed by {sorted(map(repr, others))}: revert that and apply "
+                "loco.compose(that, this), or make this edit on the edited pipeline"
                 if others
                 else f"load {self.provenance.model}, or make the edit again on this model"
             )
             raise ValueError(
-                f"{self!r} was made for other weights than those of this {model_name(pipe)}: "
-                f"{reason}"
+                f"{self!r} was made for other weights than those of this {model_name(pipe)} "
+                f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {reason}"
             )
 
     def _restore(self, modules: list[nn.Module]) -> None:
         for module in modules:
             module.weight.copy_(_applied[module][-1][1])
+        torch.clear_autocast_cache()
         for module in modules:  # only now: an interrupted restore can be repeated
             _applied[module].pop()
 
@@ -231,14 +272,65 @@ def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> 
             raise ValueError(
                 f"{name} holds NaN or infinite values: the checkpoint is damaged, load it again"
             )
+    originals = {name: fingerprint(weight) for name, weight in weights.items()}
     made = Provenance(
         model=model_name(pipe),
         revision=revision(pipe),
-        fingerprint=fingerprint(weights),
+        fingerprint=_joint(originals),
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
     )
-    return Edit(dict(changes), made)
+    return Edit(dict(changes), originals, made)
+
+
+def compose(first: Edit, second: Edit) -> Edit:
+    """One edit that does what `first` does and then `second`: W' = W T_first T_second.
+
+    A map depends on the text alone, not on the weights, so this equals, up to rounding, applying
+    `first` and then making and applying `second` on the edited pipeline. Both must be for the same
+    weights. The order matters where both move the same directions. Ranks add up.
+    Raises ValueError for edits of different models or weights.
+
+        both = loco.compose(no_van_gogh, no_monet)
+    """
+    for edit, other in ((first, second), (second, first)):
+        clash = [n for n, mark in edit.originals.items() if other.originals.get(n, mark) != mark]
+        if clash or edit.provenance.model != other.provenance.model:
+            raise ValueError(
+                f"{first!r} and {second!r} are not for the same weights"
+                + (f" ({clash[0]} differs)" if clash else "")
+                + ": make both on the same unedited pipeline"
+            )
+    originals = {**first.originals, **second.originals}
+    joined: dict[tuple[LowRankMap | None, LowRankMap | None], LowRankMap] = {}
+    for name in originals:
+        a, b = pair = first.changes.get(name), second.changes.get(name)
+        joined[pair] = a.then(b) if a and b else a or b  # type: ignore[assignment]
+    changes = {n: joined[first.changes.get(n), second.changes.get(n)] for n in originals}
+    parts = [p for edit in (first, second) for p in parts_of(edit.provenance.settings)]
+    made = dataclasses.replace(
+        first.provenance,
+        fingerprint=_joint(originals),
+        settings={"method": "compose", "parts": parts},
+    )
+    return Edit(changes, originals, made)
+
+
+def parts_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of the solves an edit was made from: of each part, if it was composed."""
+    return [p for p in settings.get("parts", [settings]) if "concepts" in p]
+
+
+def original_of(pipe: Any, name: str) -> Tensor:
+    """The weight `name` as it was before any edit was applied."""
+    module = linear_of(pipe, name)
+    stack = _applied.get(module)
+    return stack[0][1] if stack else module.weight.detach()
+
+
+def _joint(originals: Mapping[str, str]) -> str:
+    text = json.dumps(sorted(originals.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _newest(module: nn.Module) -> Edit | None:

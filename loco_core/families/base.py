@@ -93,6 +93,30 @@ class Family(ABC):
     def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
         """Where the `rows` prompts of a call sit in the denoiser's batch: [rows] long."""
 
+    @abstractmethod
+    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
+        """The transformer layers of each text encoder, by the name of its path from the pipeline
+        down ("text_encoder.encoder.layers"), in the order in which they run."""
+
+    def text_projections(self, pipe: Any, layer: int = 0) -> list[str]:
+        """Weight names of the output projection of self-attention `layer` of every text encoder.
+
+        Raises ValueError for a layer that an encoder does not have, or that has no `out_proj`.
+        """
+        names = []
+        for path, layers in self.text_encoders(pipe).items():
+            if isinstance(layer, bool) or layer not in range(len(layers)):
+                raise ValueError(
+                    f"layer {layer!r} is not in {path}: choose from 0 to {len(layers) - 1}"
+                )
+            attention = getattr(layers[layer], "self_attn", None)
+            if not hasattr(attention, "out_proj"):
+                raise ValueError(
+                    f"{path}.{layer} has no self_attn.out_proj: only CLIP text encoders have one"
+                )
+            names.append(f"{path}.{layer}.self_attn.out_proj.weight")
+        return names
+
     def tokenizer(self, pipe: Any) -> Any:
         """The tokenizer whose positions `TextStates.embeds` has."""
         return pipe.tokenizer

@@ -61,6 +61,12 @@ class StableDiffusion(Family):
     def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
 
+    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
+        # transformers 5 flattened CLIPTextModel; before, and with projection, it is nested
+        nested = "text_model." if hasattr(plain(pipe.text_encoder), "text_model") else ""
+        path = f"text_encoder.{nested}encoder.layers"
+        return {path: plain(pipe.text_encoder).get_submodule(path.partition(".")[2])}
+
     def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
         guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
         return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)

@@ -1,0 +1,167 @@
+"""How well an edit does what it was asked, and what it costs: measured in the space of keys.
+
+The map T of an edit should read every key as its target and every preserved row as itself. What
+is left, |T c - g| / |g - c| for an edited row and |T p - p| / |p| for a preserved one, is the
+residual: for an edited row 0 is done and 1 is nothing done. Interference has two causes that can be
+seen before any image is made: keys that point the same way (the Gram matrix of their directions),
+and a solve that is badly conditioned, so that it takes a large change to tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .._warn import warn
+from .closed_form import LowRankMap
+from .edit import Edit, original_of, parts_of
+from .reading import kind_of, rows_of, source_of
+from .rows import Rows, joined
+
+__all__ = ["Diagnostics", "Solve", "diagnose", "warn_of"]
+
+NEAR = 0.05  # keys closer than this part of their length nearly coincide
+
+
+@dataclass(frozen=True, eq=False)
+class Solve:
+    """One map of an edit against the rows it was made from.
+
+    residual: [n], |T c - g| / |g - c| of the edited rows, or / |c| for one with g = c.
+    kept_residual: [p], |T p - p| / |p| of the preserved ones. gram: [n + p, n + p], cosines between
+    all rows: the interference map. condition: of the system lam I + C C^T.
+    labels: "prompt | token" for every row. Everywhere, edited rows come first.
+    """
+
+    residual: Tensor
+    kept_residual: Tensor
+    gram: Tensor
+    condition: float
+    rank: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """An edit, examined. solves: source and kind of weight ("prompt k") -> Solve.
+    changes: weight name -> ||W' - W|| / ||W||. ranks: weight name -> rank of the change."""
+
+    solves: Mapping[str, Solve]
+    changes: Mapping[str, float]
+    ranks: Mapping[str, int]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per weight: relative change and rank."""
+        return pd.DataFrame({"change": self.changes, "rank": self.ranks}).rename_axis("weight")
+
+    def rows_to_frame(self) -> pd.DataFrame:
+        """A row per edited and preserved row: prompt and token, role, residual."""
+        parts = []
+        for name, solve in self.solves.items():
+            n = len(solve.residual)
+            role = ["edited"] * n + ["preserved"] * len(solve.kept_residual)
+            residual = torch.cat([solve.residual, solve.kept_residual]).tolist()
+            parts.append(
+                pd.DataFrame(
+                    {"solve": name, "row": solve.labels, "role": role, "residual": residual}
+                )
+            )
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def diagnose(pipe: Any, edit: Edit) -> Diagnostics:
+    """Examine `edit` on the pipeline it belongs to, applied or not; nothing is changed.
+
+    The rows are read again from the prompts in the edit's manifest, so a loaded, scaled or composed
+    edit can be examined too. Raises ValueError for an edit that belongs to another model.
+
+        found = loco.diagnose(pipe, edit)
+        found.rows_to_frame().groupby("role").residual.max()
+    """
+    parts = parts_of(edit.provenance.settings)
+    solves = {}
+    for name, change in edit.changes.items():
+        source, kind = source_of(pipe, name), kind_of(name)
+        made = [part for part in parts if kind in part["lam"]]
+        if made and f"{source} {kind}" not in solves:
+            rows = joined([rows_of(pipe, part, source) for part in made])
+            lam = min(part["lam"][kind] for part in made)
+            solves[f"{source} {kind}"] = examine(change, rows, lam)
+    originals = {name: original_of(pipe, name) for name in edit.changes}
+    return Diagnostics(
+        solves,
+        {name: change.relative_change(originals[name]) for name, change in edit.changes.items()},
+        {name: change.rank for name, change in edit.changes.items()},
+    )
+
+
+def examine(change: LowRankMap, rows: Rows, lam: float) -> Solve:
+    """One map against its rows: all of it k x k, k the number of rows."""
+    C, G, K = rows.keys.double().cpu(), rows.targets.double().cpu(), rows.kept.double().cpu()
+    every = torch.cat([C, K])
+    gram = every @ every.T
+    length = gram.diagonal().sqrt().clamp_min(1e-300)
+    left = (C + _moved(change, C) - G).norm(dim=1)
+    asked = (G - C).norm(dim=1)
+    # a row that is its own target has nothing to do: measured against its length instead
+    floor = torch.where(asked > 0, asked, C.norm(dim=1).clamp_min(1e-300))
+    return Solve(
+        residual=left / floor,
+        kept_residual=_moved(change, K).norm(dim=1) / K.norm(dim=1).clamp_min(1e-300),
+        gram=gram / length / length[:, None],
+        condition=float(torch.linalg.cond(gram + lam * torch.eye(len(gram), dtype=gram.dtype))),
+        rank=change.rank,
+        labels=(*rows.labels, *rows.kept_labels),
+    )
+
+
+def warn_of(edit: Edit, pipe: Any, rows: Mapping[str, Rows]) -> None:
+    """Warn of a change larger than its weight, and of rows that nearly coincide but disagree.
+
+    rows: source -> what the maps of the edit were solved from.
+    """
+    large = {
+        name: ratio
+        for name, change in edit.changes.items()
+        if (ratio := change.relative_change(original_of(pipe, name))) > 1
+    }
+    if large:
+        worst = max(large, key=large.__getitem__)
+        warn(
+            f"{edit!r} changes {len(large)} of {len(edit.changes)} weights by more than "
+            f"themselves, {worst} {large[worst]:.1f} times: the model will read everything "
+            "differently; use a larger lam, fewer rows, or a target closer to the prompts",
+        )
+    for found in rows.values():
+        if pair := _contradiction(found):
+            warn(
+                f"two rows of {edit!r} nearly coincide but shall be read differently: "
+                f"{pair[0]!r} and {pair[1]!r}; drop one of the prompts, or expect neither to hold",
+            )
+
+
+def _contradiction(rows: Rows) -> tuple[str, str] | None:
+    """The labels of two keys that nearly coincide while their changes differ much more."""
+    every = torch.cat([rows.keys, rows.kept]).double().cpu()
+    change = torch.zeros_like(every)
+    change[: len(rows.keys)] = (rows.targets - rows.keys).double().cpu()
+    near = torch.cdist(rows.keys.double().cpu(), every)
+    near.diagonal().fill_(torch.inf)
+    apart = torch.cdist(change[: len(rows.keys)], change)
+    length = every.norm(dim=1)[: len(rows.keys), None]
+    bad = (near < NEAR * length) & (apart > NEAR * length) & (apart > 10 * near)
+    if not bad.any():
+        return None
+    i, j = bad.nonzero()[0].tolist()
+    labels = (*rows.labels, *rows.kept_labels)
+    return labels[i], labels[j]
+
+
+def _moved(change: LowRankMap, rows: Tensor) -> Tensor:
+    """(T - I) of every row: [row, d]."""
+    return rows @ change.R.T @ change.D.T
