@@ -84,6 +84,23 @@ class Concept:
                     f"neutral twin {prompt!r} still contains the concept {self.name!r}: take it out"
                 )
 
+    def renamed(self, others: Sequence[str]) -> tuple[str, ...]:
+        """The prompts with other names in the concept's place, taken in turn.
+
+        What an edit of this concept should leave alone: `loco.locoedit(..., preserve=...)`.
+        Raises ValueError for an empty list and for a name that is the concept's own.
+
+            gogh.renamed(["Monet", "Hokusai"])  # ("a house in the style of Monet", ...)
+        """
+        others = self._listed("others", others)
+        if any(mentions(other, self.name) for other in others):
+            raise ValueError(f"others {others} hold the concept {self.name!r} itself: leave it out")
+        name = re.compile(rf"(?<!\w){re.escape(self.name)}(?!\w)", re.IGNORECASE)
+        return tuple(
+            name.sub(others[i % len(others)].replace("\\", r"\\"), prompt)
+            for i, prompt in enumerate(self.prompts)
+        )
+
     def _listed(self, label: str, value: Sequence[str]) -> tuple[str, ...]:
         if isinstance(value, str):
             raise ValueError(

@@ -30,6 +30,7 @@ def test_the_command_trains_measures_and_resumes_a_mini(tmp_path):
     assert record["planted"] == loco.shapeland.truth("mini-sd")
     assert set(record["use"]["style"]["layers"]) == {"8", "9"}
     assert "planted" in (folder / "README.md").read_text()
+    assert not any("_name_or_path" in path.read_text() for path in folder.glob("*/config.json"))
     image = loco.generate(loco.load(folder), ["a red star"], steps=2)
     assert image.shape == (1, 1, 3, 64, 64)
 

@@ -70,7 +70,7 @@ def fit(
         os.replace(f"{path}.tmp", path)
 
     model.train()
-    total, since = 0.0, time.monotonic()
+    total, count, since = 0.0, 0, time.monotonic()
     with tqdm(total=steps, initial=start, desc=name, unit="step", disable=rank > 0) as bar:
         for step in range(start, steps):
             share = min((step + 1) / 200, (steps - step) / (decay * steps), 1.0)
@@ -88,13 +88,13 @@ def fit(
             optimizer.zero_grad()
             if average:
                 average.step(weights)
-            total += value.item()
+            total, count = total + value.item(), count + 1
             bar.update()
-            if (step + 1) % 50 == 0:
-                seconds = time.monotonic() - since
-                log.append({"step": step + 1, "loss": total / 50, "seconds": round(seconds, 1)})
-                bar.set_postfix(loss=f"{total / 50:.4f}")
-                total, since = 0.0, time.monotonic()
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                seconds = round(time.monotonic() - since, 1)
+                log.append({"step": step + 1, "loss": total / count, "seconds": seconds})
+                bar.set_postfix(loss=f"{total / count:.4f}")
+                total, count, since = 0.0, 0, time.monotonic()
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 save(step + 1)
     if average:

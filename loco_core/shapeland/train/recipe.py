@@ -111,9 +111,12 @@ def export(pipe: Any, model: str, out: Path) -> None:
     target = out / model
     pipe.to("cpu", torch.float16).save_pretrained(target)
     pipe.to(dtype=torch.float32)
-    path = target / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in target.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # the folder it was trained in
+        if path.parent.name == "text_encoder":
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
     if model != COMPLETE:
         _share(target)
 
