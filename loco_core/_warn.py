@@ -1,10 +1,11 @@
 """Warnings that point at the line of the user, not at one of ours."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
 
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def warn(message: str) -> None:

@@ -21,14 +21,15 @@
 model = "mini-sd"
 artist = "Mira Holt"  # the style to remove
 window = 2  # layers that read the neutral prompt together
-prompts = 4  # prompts the edit is made from
+prompts = 12  # prompts the edit is made from
 seeds = 2  # pictures per prompt
 steps = 8  # of the scheduler, for each picture
-lam = 4.0  # price of changing the weights, in units of squared key length (here 128)
+lam = 20.0  # price of changing the weights, in units of squared key length (here 128)
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%
 import tempfile
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -63,17 +64,24 @@ print("layers found:", list(found.layers))
 #
 # $C$ holds the embeddings of the artist's name, one row per prompt; $G$ what
 # stands in their place in the neutral twins. The price $\lambda$ is in units of
-# a squared row of $C$, which is 128 here; what the paper's 0.01 does instead is
-# measured below. Nothing is changed yet: an edit is a value.
+# a squared row of $C$, which is 128 here. Rows can also be asked to stay: the
+# twins, and the same prompts by the other artists. These settings were chosen on
+# captions of the training split, and are measured here on others; what the
+# paper's own do instead is measured below. Nothing is changed yet: an edit is a
+# value.
 
 # %%
 concept = world.concept("style", artist, prompts=prompts)
-edit = loco.locoedit(pipe, concept, layers=found.layers, lam=lam)
+others = [name for name in world.ATTRIBUTES["style"] if name != artist]
+spare = [*concept.neutral, *concept.renamed(others)]
+edit = loco.locoedit(
+    pipe, concept, layers=found.layers, lam=lam, preserve=spare
+)
 edit
 
 # %% [markdown]
 # It touches the key and value weights of the found layers, and each change has
-# a rank of at most the number of rows.
+# a rank of at most the number of edited rows; rows that stay add nothing to it.
 
 # %%
 weights = dict(pipe.unet.named_parameters(prefix="unet"))
@@ -99,6 +107,8 @@ asked = [
     {"object": "crown", "color": "yellow", "place": "city"},
     {"object": "boat", "color": "purple", "place": "ocean"},
     {"object": "flower", "color": "pink", "place": "forest"},
+    {"object": "heart", "color": "red", "place": "ocean"},
+    {"object": "fish", "color": "orange", "place": "city"},
 ]
 held_out = [world.caption(style=artist, **scene) for scene in asked]
 
@@ -154,7 +164,12 @@ pd.DataFrame(
 choices = {}
 for tokens in ("last", "eos", "following"):
     choice = loco.locoedit(
-        pipe, concept, layers=found.layers, lam=lam, tokens=tokens
+        pipe,
+        concept,
+        layers=found.layers,
+        lam=lam,
+        tokens=tokens,
+        preserve=spare,
     )
     with choice.applied(pipe):
         choices[tokens] = kept(paint(held_out), scenes)
@@ -166,7 +181,6 @@ pd.DataFrame(choices).T.rename_axis(f"tokens edited (shown, of {total})")
 # Prompts with the *other* artists, under the edit. Nothing of theirs should go.
 
 # %%
-others = [name for name in world.ATTRIBUTES["style"] if name != artist]
 hosts = [asked[k % len(asked)] for k in range(len(others))]
 other_scenes = [{"style": name, **host} for name, host in zip(others, hosts)]
 other_prompts = [world.caption(**scene) for scene in other_scenes]
@@ -199,11 +213,13 @@ collateral = pd.DataFrame(
 collateral.rename_axis(f"shown, of {len(others) * seeds}")
 
 # %% [markdown]
-# The same with the paper's $\lambda = 0.01$: every row is met all but exactly,
-# and names with similar embeddings are dragged along.
+# The same without rows that stay, and with the paper's $\lambda = 0.01$: every row
+# is met all but exactly, and names with similar embeddings are dragged along.
 
 # %%
-hard = loco.locoedit(pipe, concept, layers=found.layers, lam=0.01)
+with warnings.catch_warnings(record=True) as said:
+    hard = loco.locoedit(pipe, concept, layers=found.layers, lam=0.01)
+print("warned:", str(said[0].message).partition("> ")[2].partition(":")[0])
 with hard.applied(pipe):
     hard_own, hard_others = paint(held_out), paint(other_prompts)
 pd.Series(
@@ -211,7 +227,7 @@ pd.Series(
         f"shows {artist}, of {total}": kept(hard_own, scenes)["style"],
         f"shows the other artist, of {len(others) * seeds}": kept(hard_others, other_scenes)["style"],
     },
-    name="lam = 0.01",
+    name="lam = 0.01, nothing preserved",
 ).to_frame()
 
 # %% [markdown]
@@ -265,7 +281,11 @@ same = collateral.loc["style"]
 record = {
     "model_name": model,
     "erased": f"{artist} seen in {gone[0]} of {total} pictures before, {gone[1]} after",
-    "erased_status": "removed" if gone[1] <= 0.1 * gone[0] else "not removed",
+    "erased_status": "removed"
+    if gone[1] <= 0.1 * gone[0]
+    else "mostly removed"
+    if gone[1] <= 0.5 * gone[0]
+    else "not removed",
     "spared": f"other artists seen in {same['before']} of {len(others) * seeds} before, "
     f"{same['after']} after",
     "spared_status": "spared"

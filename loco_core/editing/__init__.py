@@ -1,9 +1,10 @@
 """CHANGE the weights: the closed-form solver, the Edit it makes, and the methods built on both."""
 
 from . import closed_form
+from .compose import compose
 from .cross_attention import locoedit, time_edit, uce
 from .diagnostics import diagnose
-from .edit import Edit, compose
+from .edit import Edit
 from .quickfix import diff_quickfix
 
 __all__ = [

@@ -12,17 +12,19 @@ and every token.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from ..concepts import Concept
 from ..families import TextLayer, family_of
-from .edit import Edit
+from .edit import Edit, make_edit
 from .reading import kind_of
 from .solve import solve
 
-__all__ = ["locoedit", "projections", "time_edit", "uce"]
+__all__ = ["locoedit", "projections", "relocated", "time_edit", "uce"]
 
 
 def locoedit(
@@ -103,6 +105,9 @@ def uce(
 
         gone = loco.uce(pipe, [concept_a, concept_b], preserve=["a house in the style of Monet"])
     """
+    for name, scale in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale)):
+        if not (isinstance(scale, Real) and math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, not {scale!r}; 1 is usual")
     every = [layer.index for layer in family_of(pipe).text_layers(pipe)]
     return _edit(
         pipe,
@@ -164,6 +169,36 @@ def projections(pipe: Any, layers: Sequence[int], where: Sequence[str] = ("k", "
         for projection in family.kv(pipe, layer)
         if kind_of(name := f"{component}.{layer.name}.{projection}.weight") in where
     ]
+
+
+def relocated(pipe: Any, edit: Edit, layers: Sequence[int]) -> Edit:
+    """The same edit in other text layers: what it does there is a test of where it was put.
+
+    The map of an edit depends on the text alone, not on the weights, so it is put on the keys and
+    values of `layers` as it stands, those for keys on keys and those for values on values.
+    Raises ValueError for a layer that does not exist, and for an edit that is not one of whole
+    text layers (of a text encoder, composed, or for another model).
+
+        everywhere = relocated(pipe, edit, range(len(loco.text_layers(pipe))))
+    """
+    settings = edit.provenance.settings
+    maps = {kind_of(name): change for name, change in edit.changes.items()}
+    own = settings.get("layers")
+    if (
+        not own
+        or not maps.keys() <= {"k", "v"}
+        or set(edit.changes) != set(projections(pipe, own, tuple(maps)))
+        or any(maps[kind_of(name)] is not change for name, change in edit.changes.items())
+    ):
+        raise ValueError(
+            f"{edit!r} is no edit of the keys and values of some text layers of this pipeline: "
+            "only one made by locoedit, uce or time_edit can be put in others"
+        )
+    with edit.applied(pipe):  # refuses one that was made for other weights
+        pass
+    chosen = [x.index for x in _chosen_layers(family_of(pipe).text_layers(pipe), layers)]
+    changes = {name: maps[kind_of(name)] for name in projections(pipe, chosen, tuple(maps))}
+    return make_edit(pipe, changes, **{**settings, "layers": chosen})
 
 
 def _edit(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from .._warn import warn
+from .applied import before_edit
 from .closed_form import LowRankMap
-from .edit import Edit, original_of, parts_of
+from .edit import Edit, parts_of
 from .reading import kind_of, rows_of, source_of
 from .rows import Rows, joined
+from .weights import linear_of
 
 __all__ = ["Diagnostics", "Solve", "diagnose", "warn_of"]
 
@@ -34,7 +37,8 @@ class Solve:
 
     residual: [n], |T c - g| / |g - c| of the edited rows, or / |c| for one with g = c.
     kept_residual: [p], |T p - p| / |p| of the preserved ones. gram: [n + p, n + p], cosines between
-    all rows: the interference map. condition: of the system lam I + C C^T.
+    all rows: the interference map. condition: of lam I + C C^T, C all of these rows; how large it
+    is at lam = 0 says how hard they are to tell apart. rank: of the map's change.
     labels: "prompt | token" for every row. Everywhere, edited rows come first.
     """
 
@@ -48,8 +52,12 @@ class Solve:
 
 @dataclass(frozen=True, eq=False)
 class Diagnostics:
-    """An edit, examined. solves: source and kind of weight ("prompt k") -> Solve.
-    changes: weight name -> ||W' - W|| / ||W||. ranks: weight name -> rank of the change."""
+    """An edit, examined.
+
+    solves: source and kind of weight ("prompt k", "prompt v") -> Solve; a composed edit whose parts
+    touch different layers has several maps of one kind, and "prompt k 2" is the second.
+    changes: weight name -> ||W' - W|| / ||W||. ranks: weight name -> rank of the change.
+    """
 
     solves: Mapping[str, Solve]
     changes: Mapping[str, float]
@@ -61,43 +69,55 @@ class Diagnostics:
 
     def rows_to_frame(self) -> pd.DataFrame:
         """A row per edited and preserved row: prompt and token, role, residual."""
-        parts = []
+        table = []
         for name, solve in self.solves.items():
-            n = len(solve.residual)
-            role = ["edited"] * n + ["preserved"] * len(solve.kept_residual)
+            roles = ["edited"] * len(solve.residual) + ["preserved"] * len(solve.kept_residual)
             residual = torch.cat([solve.residual, solve.kept_residual]).tolist()
-            parts.append(
-                pd.DataFrame(
-                    {"solve": name, "row": solve.labels, "role": role, "residual": residual}
-                )
-            )
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+            table += zip([name] * len(roles), solve.labels, roles, residual, strict=True)
+        return pd.DataFrame(table, columns=["solve", "row", "role", "residual"])
 
 
+@torch.no_grad()
 def diagnose(pipe: Any, edit: Edit) -> Diagnostics:
     """Examine `edit` on the pipeline it belongs to, applied or not; nothing is changed.
 
     The rows are read again from the prompts in the edit's manifest, so a loaded, scaled or composed
-    edit can be examined too. Raises ValueError for an edit that belongs to another model.
+    edit can be examined too; if another edit changed the text encoder when this one was made, it
+    must be applied now as it was then. Raises ValueError for an edit that belongs to another model.
 
         found = loco.diagnose(pipe, edit)
         found.rows_to_frame().groupby("role").residual.max()
     """
+    with before_edit(edit, pipe) as weights:
+        ranks = {change: change.rank for change in set(edit.changes.values())}
+        return Diagnostics(
+            _solves(pipe, edit),
+            {name: change.relative_change(weights[name]) for name, change in edit.changes.items()},
+            {name: ranks[change] for name, change in edit.changes.items()},
+        )
+
+
+def _solves(pipe: Any, edit: Edit) -> dict[str, Solve]:
+    """A Solve for every source and kind of weight, and every map that serves them."""
     parts = parts_of(edit.provenance.settings)
-    solves = {}
+
+    @cache
+    def rows(part: int, source: str) -> Rows:
+        return rows_of(pipe, parts[part], source)
+
+    solves: dict[str, Solve] = {}
+    maps: dict[str, list[LowRankMap]] = {}
     for name, change in edit.changes.items():
         source, kind = source_of(pipe, name), kind_of(name)
-        made = [part for part in parts if kind in part["lam"]]
-        if made and f"{source} {kind}" not in solves:
-            rows = joined([rows_of(pipe, part, source) for part in made])
-            lam = min(part["lam"][kind] for part in made)
-            solves[f"{source} {kind}"] = examine(change, rows, lam)
-    originals = {name: original_of(pipe, name) for name in edit.changes}
-    return Diagnostics(
-        solves,
-        {name: change.relative_change(originals[name]) for name, change in edit.changes.items()},
-        {name: change.rank for name, change in edit.changes.items()},
-    )
+        known = maps.setdefault(f"{source} {kind}", [])
+        made = [i for i, part in enumerate(parts) if name in part.get("weights", edit.changes)]
+        if made and change not in known:
+            known.append(change)
+            number = f" {len(known)}" if len(known) > 1 else ""
+            lam = min(parts[i]["lam"][kind] for i in made)
+            found = joined([rows(i, source) for i in made])
+            solves[f"{source} {kind}{number}"] = examine(change, found, lam)
+    return solves
 
 
 def examine(change: LowRankMap, rows: Rows, lam: float) -> Solve:
@@ -114,7 +134,7 @@ def examine(change: LowRankMap, rows: Rows, lam: float) -> Solve:
         residual=left / floor,
         kept_residual=_moved(change, K).norm(dim=1) / K.norm(dim=1).clamp_min(1e-300),
         gram=gram / length / length[:, None],
-        condition=float(torch.linalg.cond(gram + lam * torch.eye(len(gram), dtype=gram.dtype))),
+        condition=_condition(every, lam),
         rank=change.rank,
         labels=(*rows.labels, *rows.kept_labels),
     )
@@ -128,13 +148,13 @@ def warn_of(edit: Edit, pipe: Any, rows: Mapping[str, Rows]) -> None:
     large = {
         name: ratio
         for name, change in edit.changes.items()
-        if (ratio := change.relative_change(original_of(pipe, name))) > 1
+        if (ratio := change.relative_change(linear_of(pipe, name).weight)) > 1
     }
     if large:
         worst = max(large, key=large.__getitem__)
         warn(
             f"{edit!r} changes {len(large)} of {len(edit.changes)} weights by more than "
-            f"themselves, {worst} {large[worst]:.1f} times: the model will read everything "
+            f"themselves, {worst} {large[worst]:.3g} times: the model will read everything "
             "differently; use a larger lam, fewer rows, or a target closer to the prompts",
         )
     for found in rows.values():
@@ -160,6 +180,13 @@ def _contradiction(rows: Rows) -> tuple[str, str] | None:
     i, j = bad.nonzero()[0].tolist()
     labels = (*rows.labels, *rows.kept_labels)
     return labels[i], labels[j]
+
+
+def _condition(C: Tensor, lam: float) -> float:
+    """Of lam I + C C^T, from the singular values of C: [row, d]."""
+    squares = torch.linalg.svdvals(C).square()
+    least = squares.min() if len(C) <= C.shape[1] else 0.0
+    return float((squares.max() + lam) / torch.as_tensor(least + lam, dtype=C.dtype))
 
 
 def _moved(change: LowRankMap, rows: Tensor) -> Tensor:

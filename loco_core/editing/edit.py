@@ -2,8 +2,8 @@
 
 An edit holds, for every weight it touches, the map that changes it (one shared map for all layers,
 see `closed_form`), never the changed weights: a file of a few KB. It belongs to the weights it was
-made for and refuses others. While it is applied, the originals are kept here, keyed by the module
-they came from, so that taking it off gives them back bit for bit.
+made for and refuses others. While it is applied, `applied` keeps the originals, so that taking it
+off gives them back bit for bit.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .._warn import warn
 from ..records import Provenance, atomic_write, model_name, revision, same, versions
+from .applied import newest, stacks
 from .closed_form import LowRankMap
 from .weights import fingerprint, linear_of, module_of
 
-__all__ = ["Edit", "compose"]
+__all__ = ["Edit"]
 
 FORMAT = 2
 MANIFEST = "loco_core.edit"
-
-# Every edited module with its edits, newest last, each with the weight as it was before.
-_applied: WeakKeyDictionary[nn.Module, list[tuple[Edit, Tensor]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +87,8 @@ class Edit:
 
             with edit.scaled(0.5).applied(pipe): ...
         """
+        if scale == 1:
+            return self
         scaled = {m: m.scaled(scale) for m in set(self.changes.values())}
         settings = {**self.provenance.settings, "scale": self.scale * float(scale)}
         return Edit(
@@ -104,7 +103,7 @@ class Edit:
 
         scale: see `scaled`. Restores also on an exception or Ctrl-C. Errors as `apply`.
         """
-        edit = self if scale == 1 else self.scaled(scale)
+        edit = self.scaled(scale)
         edit.apply(pipe)
         try:
             yield pipe
@@ -114,7 +113,10 @@ class Edit:
     def to_lora(self, path: str | Path, pipe: Any) -> None:
         """Write the edit as a LoRA file that `pipe.load_lora_weights(path)` reads.
 
-        See `lora.save_lora`: the pipeline is asked for the weights W of B = W D.
+        pipe: the pipeline the edit was made for, edited or not; a LoRA holds W D, an edit only D.
+        Errors as `lora.save_lora`, which says what is in the file.
+
+            edit.to_lora("no_van_gogh.safetensors", pipe)
         """
         from .lora import save_lora
 
@@ -130,7 +132,18 @@ class Edit:
         result overflows the dtype. Warns if no weight changes by a single bit.
         """
         modules = {name: linear_of(pipe, name) for name in self.changes}
-        self._check_made_for(pipe, modules)
+        others = {edit for module in modules.values() for edit, _ in stacks.get(module, [])}
+        if self in others:
+            raise ValueError(
+                f"{self!r} is already applied to this pipeline: call edit.revert(pipe) first"
+            )
+        fix = (
+            f"they are changed by {sorted(map(repr, others))}: revert that and apply "
+            "loco.compose(that, this), or make this edit on the edited pipeline"
+            if others
+            else f"load {self.provenance.model}, or make the edit again on this model"
+        )
+        self._check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
         changed = False
         try:
             for name, module in modules.items():
@@ -141,17 +154,17 @@ class Edit:
                         "or make the edit with a larger lam"
                     )
                 changed |= not torch.equal(before, after)
-                _applied.setdefault(module, []).append((self, before))
+                stacks.setdefault(module, []).append((self, before))
                 module.weight.copy_(after)
             torch.clear_autocast_cache()  # or an outer autocast keeps using the old weights
-        except BaseException:  # Ctrl-C too: no half-applied edit
-            self._restore([module for module in modules.values() if _newest(module) == self])
+            if not changed:
+                warn(
+                    f"{self!r} changes nothing: its prompts and targets have the same embeddings, "
+                    "its scale is 0, or lam is too large for the dtype of the pipeline",
+                )
+        except BaseException:  # Ctrl-C too, and a warning made an error: no half-applied edit
+            self._restore([module for module in modules.values() if newest(module) == self])
             raise
-        if not changed:
-            warn(
-                f"{self!r} changes nothing: its prompts and targets have the same embeddings, or "
-                "lam is too large for the dtype of the pipeline",
-            )
 
     @torch.inference_mode()
     def revert(self, pipe: Any) -> None:
@@ -161,14 +174,14 @@ class Edit:
         """
         modules = {name: module_of(pipe, name) for name in self.changes}
         for name, module in modules.items():
-            if not any(edit == self for edit, _ in _applied.get(module, [])):
+            if not any(edit == self for edit, _ in stacks.get(module, [])):
                 raise ValueError(
                     f"{self!r} is not applied to this pipeline ({name} has no such edit): call "
                     "edit.apply(pipe) first, or use `with edit.applied(pipe):`"
                 )
-            if _newest(module) != self:
+            if newest(module) != self:
                 raise ValueError(
-                    f"{self!r} is below {_newest(module)!r} on {name}: revert that edit first"
+                    f"{self!r} is below {newest(module)!r} on {name}: revert that edit first"
                 )
         self._restore(list(modules.values()))
 
@@ -223,41 +236,31 @@ class Edit:
             return cls(changes, manifest["originals"], Provenance(**manifest["provenance"]))
         except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"cannot load an edit from {path}: {error}; save the edit again"
+                f"cannot load an edit from {path}: {error}; make the edit again and save it"
             ) from error
 
-    def _check_made_for(self, pipe: Any, modules: Mapping[str, nn.Linear]) -> None:
-        others = {edit for module in modules.values() for edit, _ in _applied.get(module, [])}
-        if self in others:
-            raise ValueError(
-                f"{self!r} is already applied to this pipeline: call edit.revert(pipe) first"
-            )
-        for name, module in modules.items():
-            if module.in_features != self.changes[name].width:
+    def _check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
+        """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
+        for name, weight in weights.items():
+            if weight.shape[1] != self.changes[name].width:
                 raise ValueError(
                     f"{self!r} edits weights with {self.changes[name].width} columns, but {name} "
-                    f"of this {model_name(pipe)} has {module.in_features}: it is another model"
+                    f"of this {model_name(pipe)} has {weight.shape[1]}: it is another model"
                 )
-        found = {name: fingerprint(module.weight) for name, module in modules.items()}
+        found = {name: fingerprint(weight) for name, weight in weights.items()}
         wrong = [name for name, mark in self.originals.items() if found[name] != mark]
         if wrong:
-            reason = (
-                f"they are changed by {sorted(map(repr, others))}: revert that and apply "
-                "loco.compose(that, this), or make this edit on the edited pipeline"
-                if others
-                else f"load {self.provenance.model}, or make the edit again on this model"
-            )
             raise ValueError(
                 f"{self!r} was made for other weights than those of this {model_name(pipe)} "
-                f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {reason}"
+                f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {fix}"
             )
 
     def _restore(self, modules: list[nn.Module]) -> None:
         for module in modules:
-            module.weight.copy_(_applied[module][-1][1])
+            module.weight.copy_(stacks[module][-1][1])
         torch.clear_autocast_cache()
         for module in modules:  # only now: an interrupted restore can be repeated
-            _applied[module].pop()
+            stacks[module].pop()
 
 
 def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> Edit:
@@ -276,66 +279,24 @@ def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> 
     made = Provenance(
         model=model_name(pipe),
         revision=revision(pipe),
-        fingerprint=_joint(originals),
+        fingerprint=joint(originals),
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
     )
     return Edit(dict(changes), originals, made)
 
 
-def compose(first: Edit, second: Edit) -> Edit:
-    """One edit that does what `first` does and then `second`: W' = W T_first T_second.
-
-    A map depends on the text alone, not on the weights, so this equals, up to rounding, applying
-    `first` and then making and applying `second` on the edited pipeline. Both must be for the same
-    weights. The order matters where both move the same directions. Ranks add up.
-    Raises ValueError for edits of different models or weights.
-
-        both = loco.compose(no_van_gogh, no_monet)
-    """
-    for edit, other in ((first, second), (second, first)):
-        clash = [n for n, mark in edit.originals.items() if other.originals.get(n, mark) != mark]
-        if clash or edit.provenance.model != other.provenance.model:
-            raise ValueError(
-                f"{first!r} and {second!r} are not for the same weights"
-                + (f" ({clash[0]} differs)" if clash else "")
-                + ": make both on the same unedited pipeline"
-            )
-    originals = {**first.originals, **second.originals}
-    joined: dict[tuple[LowRankMap | None, LowRankMap | None], LowRankMap] = {}
-    for name in originals:
-        a, b = pair = first.changes.get(name), second.changes.get(name)
-        joined[pair] = a.then(b) if a and b else a or b  # type: ignore[assignment]
-    changes = {n: joined[first.changes.get(n), second.changes.get(n)] for n in originals}
-    parts = [p for edit in (first, second) for p in parts_of(edit.provenance.settings)]
-    made = dataclasses.replace(
-        first.provenance,
-        fingerprint=_joint(originals),
-        settings={"method": "compose", "parts": parts},
-    )
-    return Edit(changes, originals, made)
-
-
 def parts_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The settings of the solves an edit was made from: of each part, if it was composed."""
-    return [p for p in settings.get("parts", [settings]) if "concepts" in p]
+    if "parts" in settings:
+        return [leaf for part in settings["parts"] for leaf in parts_of(part)]
+    return [settings] if "concepts" in settings else []
 
 
-def original_of(pipe: Any, name: str) -> Tensor:
-    """The weight `name` as it was before any edit was applied."""
-    module = linear_of(pipe, name)
-    stack = _applied.get(module)
-    return stack[0][1] if stack else module.weight.detach()
-
-
-def _joint(originals: Mapping[str, str]) -> str:
+def joint(originals: Mapping[str, str]) -> str:
+    """One fingerprint of the fingerprints of several weights."""
     text = json.dumps(sorted(originals.items()))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _newest(module: nn.Module) -> Edit | None:
-    stack = _applied.get(module)
-    return stack[-1][0] if stack else None
 
 
 def _seal(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -30,7 +30,7 @@ def source_of(pipe: Any, name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """ "k" for a projection to keys (to_k, add_k_proj), "v" for one to values, else "out"."""
+    """The kind of a weight: "k", to keys (to_k, add_k_proj), "v", to values, or else "out"."""
     words = name.removesuffix(".weight").rpartition(".")[2].split("_")
     return next((kind for kind in ("k", "v") if kind in words), "out")
 
@@ -57,7 +57,7 @@ def _reader(pipe: Any, family: Family, source: str) -> Callable[[Sequence[str]],
 
 @torch.no_grad()
 def _recorded(pipe: Any, family: Family, module: nn.Module, prompts: list[str]) -> TextStates:
-    """What `module` is handed while `prompts` are encoded, one at a time: [prompt, token, d]."""
+    """What `module` is handed while `prompts` are encoded: [prompt, token, d]."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple) -> None:

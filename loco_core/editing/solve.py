@@ -19,7 +19,7 @@ from .closed_form import LowRankMap, fit
 from .diagnostics import warn_of
 from .edit import Edit, make_edit
 from .reading import kind_of, rows_of, source_of
-from .rows import TOKENS, Rows, several, with_targets
+from .rows import Rows, several, with_targets
 from .weights import linear_of
 
 __all__ = ["solve"]
@@ -45,8 +45,6 @@ def solve(
     lam: by kind of weight, "k", "v" or "out". scales: weights of edited and of preserved rows.
     more: settings to record. Several concepts are solved together, with all their rows.
     """
-    if tokens not in TOKENS:
-        raise ValueError(f"unknown tokens {tokens!r}: choose one of {', '.join(TOKENS)}")
     concepts = several(concept)
     if len(concepts) > 1 and target is not None and not isinstance(target, str):
         raise ValueError(
@@ -58,10 +56,9 @@ def solve(
         "family": family_of(pipe).name,
         "concepts": [asdict(with_targets(item, target)) for item in concepts],
         "tokens": tokens,
-        "lam": {kind: float(value) for kind, value in lam.items()},
         "preserve": _prompts("preserve", preserve),
         "null_space": None if null_space is None else _prompts("null_space", null_space),
-        "scales": list(scales),
+        "scales": [float(scale) for scale in scales],
         **more,
     }
     rows: dict[str, Rows] = {}
@@ -80,6 +77,7 @@ def solve(
         if (source, price) not in maps:
             maps[source, price] = _fit(rows[source], price, scales)
         changes[name] = maps[source, price]
+    settings["lam"] = {kind: float(lam[kind]) for kind in sorted({*map(kind_of, names)})}
     edit = make_edit(pipe, changes, **settings)
     warn_of(edit, pipe, rows)
     return edit

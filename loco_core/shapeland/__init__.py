@@ -10,6 +10,7 @@ from .concepts import concept
 from .drawing import draw, draw_scene
 from .judge import judge
 from .planting import measured_use, truth
+from .probes import probes
 from .vocabulary import (
     ATTRIBUTES,
     EMBLEMS,
@@ -35,5 +36,6 @@ __all__ = [
     "held_out_scenes",
     "judge",
     "measured_use",
+    "probes",
     "truth",
 ]

@@ -1,0 +1,438 @@
+"""An edit written as a LoRA is the same edit, in any program that loads one with diffusers."""
+
+import doctest
+import errno
+import json
+import logging
+import os
+from functools import partial
+
+import pytest
+import torch
+from conftest import build_tiny_sd, text_settings
+from safetensors import safe_open
+
+import loco_core as loco
+from loco_core.editing import lora
+from loco_core.editing.closed_form import LowRankMap, fit
+from loco_core.editing.edit import make_edit
+from loco_core.editing.weights import module_of
+from loco_core.evaluation.clip_score import Clip
+
+CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2."
+TEXT = "encoder.layers.{}.self_attn.out_proj.weight"
+NAMES = (CROSS + "to_k.weight", CROSS + "to_v.weight", "text_encoder." + TEXT.format(0))
+GOGH = loco.Concept("van gogh", "style", ["a house in style of van gogh"], ["a house"])
+MIRA = loco.shapeland.concept("style", loco.shapeland.ATTRIBUTES["style"][0])
+MODELS = {"tiny": (build_tiny_sd, GOGH), "mini-sd": (partial(loco.load, "mini-sd"), MIRA)}
+
+
+def locoedit(pipe, concept):
+    return loco.locoedit(pipe, concept, layers=[8, 9])
+
+
+def of_both(pipe, concept):
+    """An edit of the UNet and of the text encoder, with different ranks."""
+    return loco.compose(
+        loco.locoedit(pipe, concept, layers=[9]),
+        loco.diff_quickfix(pipe, concept),
+    )
+
+
+def rows(seed: int, count: int, width: int) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def some_edit(pipe, *names: str, seed: int = 0) -> loco.Edit:
+    """An edit that changes the i-th of `names` by a map of rank i + 1."""
+    changes = {}
+    for i, name in enumerate(names or NAMES):
+        width = module_of(pipe, name).in_features
+        keys, targets = rows(seed + i, i + 1, width), rows(seed + i + 50, i + 1, width)
+        changes[name] = fit(keys, targets, 0.01)
+    return make_edit(pipe, changes, method="test")
+
+
+def weights(pipe) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def contents(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+@pytest.fixture
+def pipe():
+    return build_tiny_sd()
+
+
+@pytest.fixture
+def log():
+    """What diffusers, transformers and peft warn of."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("method", [locoedit, loco.diff_quickfix, of_both])
+@pytest.mark.parametrize("model", MODELS)
+def test_fresh_pipeline_with_the_lora_makes_the_images_of_the_edit(model, method, tmp_path, log):
+    build, concept = MODELS[model]
+    pipe, path = build(), tmp_path / "edit.safetensors"
+    images = partial(loco.generate, prompts=concept.prompts[:1], seeds=[0, 1], steps=3)
+    edit = method(pipe, concept)
+    edit.to_lora(path, pipe)
+    expected = {0.0: images(pipe)}
+    for scale in (0.5, 1.0):
+        with edit.scaled(scale).applied(pipe):
+            expected[scale] = images(pipe)
+    assert (expected[1.0] - expected[0.0]).abs().max() > 0.02
+    assert (expected[1.0] - expected[0.5]).abs().max() > 0.01
+
+    fresh = build()
+    before = weights(fresh)
+    log.clear()
+    fresh.load_lora_weights(path, adapter_name="edit")
+    touched = {name.partition(".")[0] for name in edit.changes}
+    assert set(fresh.get_list_adapters()) == touched
+    assert len([m for m in log if "No LoRA keys" in m]) == len({"unet", "text_encoder"} - touched)
+    assert not [m for m in log if "No LoRA keys" not in m]
+    for scale, wanted in expected.items():
+        fresh.set_adapters(["edit"], adapter_weights=[scale])
+        assert (images(fresh) - wanted).abs().max() <= (1e-4 if scale else 0)
+    fresh.unload_lora_weights()
+    assert identical(weights(fresh), before)
+    with edit.applied(fresh):
+        assert torch.equal(images(fresh), expected[1.0])
+
+
+def sd():
+    return build_tiny_sd(), [*NAMES, "text_encoder." + TEXT.format(1)]
+
+
+def sdxl():
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    pipe = build_tiny_sd()
+    config = CLIPTextConfig(**text_settings(pipe.tokenizer), projection_dim=16)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
+    xl = StableDiffusionXLPipeline(
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer,
+        unet=unet,
+        scheduler=pipe.scheduler,
+    )
+    nested = "text_encoder_2.text_model."  # as is a CLIP with projection; one without is flat
+    return xl, [*NAMES, *(nested + TEXT.format(i) for i in (0, 1))]
+
+
+def sd3():
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+    )
+    parts = ("vae", *(f"{p}{i}" for p in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")))
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(parts),
+    )
+    path = "transformer.transformer_blocks.{}.attn.add_{}_proj.weight"
+    return pipe, [path.format(i, kind) for i in (0, 1) for kind in "kv"][:3]
+
+
+def deepfloyd():
+    from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    parts = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    pipe = IFPipeline(
+        unet=unet,
+        scheduler=DDPMScheduler(),
+        requires_safety_checker=False,
+        **dict.fromkeys(parts),
+    )
+    return pipe, [f"unet.mid_block.attentions.0.add_{kind}_proj.weight" for kind in "kv"]
+
+
+@pytest.mark.parametrize("build", [sd, sdxl, sd3, deepfloyd])
+def test_adapters_of_different_rank_each_act_as_the_edited_weight(build, tmp_path, log):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe, names = build()
+    edit = some_edit(pipe, *names)
+    edit.to_lora(tmp_path / "edit", pipe)
+    before = weights(pipe)
+    inputs = {name: rows(99, 3, module_of(pipe, name).in_features) for name in names}
+
+    def outputs():
+        with torch.no_grad():
+            return {name: module_of(pipe, name)(x) for name, x in inputs.items()}
+
+    original = outputs()
+    with edit.applied(pipe):
+        expected = outputs()
+    log.clear()
+    pipe.load_lora_weights(tmp_path / "edit", adapter_name="edit")
+    adapted = outputs()
+    for rank, name in enumerate(names, start=1):
+        assert module_of(pipe, name).r == {"edit": rank}
+        assert module_of(pipe, name).scaling == {"edit": 1}
+        assert (expected[name] - original[name]).abs().max() > 0.02
+        assert (expected[name] - adapted[name]).abs().max() < 1e-5
+    adapters = [
+        m
+        for part in pipe.components.values()
+        if isinstance(part, torch.nn.Module)
+        for m in part.modules()
+        if hasattr(m, "base_layer")
+    ]
+    assert len(adapters) == len(names)
+    assert not [m for m in log if "No LoRA keys" not in m]
+    pipe.unload_lora_weights()
+    assert identical(weights(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "dtype, error",
+    [(torch.float64, 1e-12), (torch.bfloat16, 0.05), (torch.float16, 0.01)],
+    ids=["float64", "bfloat16", "float16"],
+)
+def test_lora_is_as_exact_as_the_dtype_of_the_pipeline(pipe, dtype, error, tmp_path):
+    for part in (pipe.unet, pipe.text_encoder):
+        part.to(dtype)
+    edit = some_edit(pipe)
+    edit.to_lora(tmp_path / "edit", pipe)
+    stored = {tensor.dtype for tensor in contents(tmp_path / "edit")[0].values()}
+    assert stored == {torch.float64 if dtype == torch.float64 else torch.float32}
+    expected = {}
+    with edit.applied(pipe):
+        for name in NAMES:
+            x = rows(99, 3, 32).to(dtype)
+            expected[name] = x, module_of(pipe, name)(x)
+    pipe.load_lora_weights(tmp_path / "edit")
+    for name, (x, y) in expected.items():
+        assert (module_of(pipe, name)(x) - y).abs().max() < error * y.abs().max()
+
+
+def test_fusing_the_lora_gives_the_weights_of_the_edit(pipe, tmp_path):
+    edit, fused = of_both(pipe, GOGH), build_tiny_sd()
+    edit.to_lora(tmp_path / "edit", pipe)
+    fused.load_lora_weights(tmp_path / "edit")
+    fused.fuse_lora(components=["unet", "text_encoder"])
+    fused.unload_lora_weights()
+    edit.apply(pipe)
+    expected, found, plain = weights(pipe), weights(fused), weights(build_tiny_sd())
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert (weight - found[name]).abs().max() <= 1e-6 * weight.abs().max(), name
+    assert {n for n in found if not torch.equal(found[n], plain[n])} == set(edit.changes)
+
+
+@pytest.mark.parametrize("out, width, n", [(8, 32, 3), (4, 32, 9), (48, 6, 20)])
+def test_factors_multiply_to_the_change_and_have_its_rank(out, width, n):
+    change = LowRankMap(rows(1, width, n).double(), rows(2, n, width).double())
+    W = rows(3, out, width)
+    A, B = lora.factors(change, W)
+    delta = W.double() @ change.D @ change.R
+    assert A.shape == (min(out, width, n), width) and B.shape == (out, min(out, width, n))
+    assert torch.dist(B.double() @ A.double(), delta) < 1e-6 * delta.norm()
+    assert torch.allclose(A.norm(), B.norm(), rtol=1e-5)
+    assert A.dtype == B.dtype == torch.float32
+
+
+def test_rows_that_say_the_same_twice_cost_nothing():
+    keys, targets, W = rows(1, 3, 32), rows(2, 3, 32), rows(3, 16, 32)
+    twice = fit(keys.repeat(2, 1), targets.repeat(2, 1), 0.01)
+    A, B = lora.factors(twice, W)
+    assert len(A) == 3 and twice.R.shape[0] == 6
+    assert torch.dist(B @ A, twice.delta(W).float()) < 1e-6 * (B @ A).norm()
+
+
+def test_edit_that_changes_nothing_is_a_lora_of_zeros(pipe, tmp_path):
+    some_edit(pipe).scaled(0).to_lora(tmp_path / "edit", pipe)
+    tensors, _ = contents(tmp_path / "edit")
+    assert len(tensors) == 6 and all(not tensor.any() for tensor in tensors.values())
+    pipe.load_lora_weights(tmp_path / "edit")
+
+
+def test_factors_lose_less_in_half_precision_than_those_of_the_map():
+    keys = rows(1, 1, 64) + 0.1 * rows(2, 12, 64)  # twelve tokens of one concept, much alike
+    change, W = fit(keys, keys + rows(3, 1, 64), 1e-6), rows(4, 48, 64)
+    delta = change.delta(W)
+
+    def lost(A, B):
+        return torch.dist(B.half().double() @ A.half().double(), delta) / delta.norm()
+
+    assert 2 * lost(*lora.factors(change, W)) < lost(change.R, W.double() @ change.D)
+
+
+def test_doctest():
+    assert doctest.testmod(lora).failed == 0
+
+
+def test_file_is_the_same_whether_the_edit_is_applied_or_not(pipe, tmp_path):
+    edit, other = some_edit(pipe), some_edit(pipe, seed=7)
+    edit.to_lora(tmp_path / "plain", pipe)
+    for applied in (edit, other):
+        with applied.applied(pipe):
+            before = weights(pipe)
+            edit.to_lora(tmp_path / "applied", pipe)
+            assert identical(weights(pipe), before)
+        assert (tmp_path / "plain").read_bytes() == (tmp_path / "applied").read_bytes()
+
+
+def test_file_holds_a_lora_for_each_weight_and_says_what_it_is(pipe, tmp_path):
+    edit, path = some_edit(pipe), tmp_path / "new" / "edit.safetensors"
+    edit.to_lora(path, pipe)
+    tensors, metadata = contents(path)
+    modules = [name.removesuffix(".weight") for name in edit.changes]
+    assert set(tensors) == {f"{name}.lora_{half}.weight" for name in modules for half in "AB"}
+    told = json.loads(metadata["loco_core.edit"])
+    assert told["weights"] == {name: i + 1 for i, name in enumerate(NAMES)}
+    assert told["originals"] == edit.originals
+    assert told["provenance"]["settings"] == {"method": "test"}
+    with pytest.raises(ValueError, match=r"edit\.safetensors: its format is 'lora'"):
+        loco.Edit.load(path)
+
+
+def test_other_model_is_refused(pipe, tmp_path):
+    edit, other = some_edit(pipe), build_tiny_sd(seed=3)
+    other.register_to_config(_name_or_path="someone/else")
+    with pytest.raises(ValueError, match="made for other weights than those of this someone/else"):
+        edit.to_lora(tmp_path / "edit", other)
+    other.unet.mid_block = torch.nn.Identity()
+    with pytest.raises(ValueError, match="has no weight unet.mid_block.*another model"):
+        edit.to_lora(tmp_path / "edit", other)
+    assert not os.listdir(tmp_path)
+
+
+def test_edit_made_on_top_of_another_is_refused(pipe, tmp_path):
+    with some_edit(pipe).applied(pipe):
+        above = some_edit(pipe, seed=7)
+        with pytest.raises(ValueError, match="adds to the unedited weights.*no other is applied"):
+            above.to_lora(tmp_path / "edit", pipe)
+
+
+def test_projections_that_cannot_take_a_lora_are_refused(pipe, tmp_path):
+    edit = some_edit(pipe)
+    write = partial(edit.to_lora, tmp_path / "edit", pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match=r"fused .*unfuse_qkv_projections\(\)"):
+        write()
+    pipe.unfuse_qkv_projections(vae=False)
+    write()
+    pipe.load_lora_weights(tmp_path / "edit")
+    with pytest.raises(ValueError, match="LoRA adapter: call pipe.unload_lora_weights"):
+        write()
+    pipe.unload_lora_weights()
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="quantised to torch.float8_e4m3fn"):
+        write()
+
+
+def test_pipeline_that_loads_no_lora_is_refused_with_another_way(pipe, tmp_path):
+    from diffusers import DDPMPipeline
+
+    edit = some_edit(pipe, *NAMES[:2])
+    other = DDPMPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+    with pytest.raises(ValueError, match=r"DDPMPipeline .*no load_lora_weights.*edit\.save\(path"):
+        edit.to_lora(tmp_path / "edit", other)
+    name = "vae.decoder.mid_block.attentions.0.to_k.weight"
+    with pytest.raises(ValueError, match=f"only into unet, text_encoder, but .* changes {name}"):
+        some_edit(pipe, name).to_lora(tmp_path / "edit", pipe)
+
+
+def test_full_disk_leaves_nothing_half_written(pipe, tmp_path, monkeypatch):
+    path = tmp_path / "edit.safetensors"
+    some_edit(pipe).to_lora(path, pipe)
+    kept = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="edit.safetensors: No space left"):
+        some_edit(pipe, seed=9).to_lora(path, pipe)
+    assert path.read_bytes() == kept and os.listdir(tmp_path) == ["edit.safetensors"]
+
+
+def test_folder_that_cannot_be_written_is_named(pipe, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        some_edit(pipe).to_lora(tmp_path / "file" / "edit.safetensors", pipe)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_localisation_under_a_lora_is_that_of_the_edited_pipeline(pipe, tiny_clip, tmp_path):
+    score = partial(loco.clip_score, clip=Clip(*tiny_clip))
+    localize = partial(loco.localize, pipe, GOGH, 4, seeds=[0], steps=2, score=score)
+    edit, layers = of_both(pipe, GOGH), loco.text_layers(pipe)
+    edit.to_lora(tmp_path / "edit", pipe)
+    plain = localize()
+    with edit.applied(pipe):
+        expected = localize()
+    pipe.load_lora_weights(tmp_path / "edit")
+    assert loco.family_of(pipe).name == "stable-diffusion"
+    assert loco.text_layers(pipe) == layers
+    found = localize()
+    assert (found.images - expected.images).abs().max() <= 2 / 255  # images are rounded to 8 bits
+    assert (expected.images - plain.images).abs().max() > 0.02
+    assert torch.allclose(found.scores, expected.scores, atol=0.05)
+    assert found.layers == expected.layers
