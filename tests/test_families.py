@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import build_tiny_sd
+from conftest import build_tiny_sd, build_tiny_sd2
 from diffusers import DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 import loco_core as loco
+from loco_core.editing.reading import rows_of
 from loco_core.families import family_of
 from loco_core.families.base import record_text_layers
 
@@ -60,6 +61,61 @@ def test_the_published_sd15_has_16_layers_with_the_mid_block_at_6():
     assert places[7:] == [f"up_blocks.{i}" for i in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
 
 
+def test_the_published_sd21_has_the_same_16_places_and_reads_1024_features():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+        )  # the published config: the other values are the class's defaults
+    parts = ["vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"]
+    pipe = StableDiffusionPipeline(unet=unet, **dict.fromkeys(parts), requires_safety_checker=False)
+    layers = loco.text_layers(pipe)
+    assert [layer.name for layer in layers] == [
+        layer.name for layer in loco.text_layers(build_tiny_sd())
+    ]
+    assert {layer.width for layer in layers} == {1024}
+    assert family_of(pipe).latent_shape(pipe) == (4, 96, 96)
+
+
+PADDED = {"with EOS, as SD 1": build_tiny_sd, "with !, as SD 2": build_tiny_sd2}
+
+
+@pytest.mark.parametrize("build", PADDED.values(), ids=PADDED.keys())
+@pytest.mark.parametrize("prompt", ["a house by Van Gogh", "a house ! by Van Gogh !"])
+def test_the_end_of_a_text_is_told_from_its_padding(build, prompt):
+    pipe = build()
+    family = family_of(pipe)
+    length = len(pipe.tokenizer(prompt).input_ids)
+    (tokens,) = family.tokenize(pipe, [prompt])
+    pad = pipe.tokenizer.convert_tokens_to_ids("!" if build is build_tiny_sd2 else "<|endoftext|>")
+    assert (tokens[length:] == pad).all() and tokens[length - 1] == pipe.tokenizer.eos_token_id
+    first, last = family.subject_span(pipe, prompt, "Van Gogh")
+    words = pipe.tokenizer.convert_ids_to_tokens(tokens.tolist())
+    assert words[first : last + 1] == ["van</w>", "gogh</w>"]
+    concept = loco.Concept("Van Gogh", "style", [prompt], ["a house"])
+    edit = loco.locoedit(pipe, concept, layers=[8], tokens="eos", preserve=["a red tree"])
+    rows = rows_of(pipe, edit.provenance.settings, "prompt")
+    texts = family.encode(pipe, [prompt, "a house", "a red tree"])
+    assert [label.rpartition("| ")[2] for label in rows.labels] == ["gogh", "end"]
+    assert torch.allclose(rows.keys, texts.embeds[0, [last, length - 1]], atol=1e-6)
+    assert torch.allclose(rows.targets, texts.embeds[1, [2, 3]], atol=1e-6)  # "house", end
+    assert torch.allclose(rows.kept, texts.embeds[2, 1:5], atol=1e-6)  # three words, end
+
+
+def test_a_saved_and_reloaded_sd2_keeps_its_padding_and_its_prediction(tmp_path):
+    pipe = build_tiny_sd2()
+    pipe.save_pretrained(tmp_path)
+    again = loco.load(tmp_path)
+    assert again.tokenizer.pad_token == "!" and again.scheduler.config.prediction_type == (
+        "v_prediction"
+    )
+    images = [loco.generate(each, ["a house by Van Gogh"], steps=2) for each in (pipe, again)]
+    assert torch.equal(*images)
+    assert loco.text_layers(again) == loco.text_layers(pipe)
+
+
 def test_a_saved_and_reloaded_pipeline_has_the_same_layers_and_texts(tiny_sd, family, tmp_path):
     tiny_sd.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
@@ -78,7 +134,7 @@ def test_a_subclass_of_a_known_pipeline_is_known(tiny_sd):
 
 
 def test_an_unknown_pipeline_is_refused_with_the_known_families():
-    with pytest.raises(TypeError, match="DDPMPipeline; known families: stable-diffusion"):
+    with pytest.raises(TypeError, match="DDPMPipeline; known families: stable-diffusion, "):
         family_of(DDPMPipeline.__new__(DDPMPipeline))
 
 

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import build_tiny_sd
+from conftest import build_tiny_sd, build_tiny_sd2
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
 )
 
@@ -46,6 +47,43 @@ def test_images_are_those_of_the_pipeline_under_its_own_scheduler(scheduler):
     for p, prompt in enumerate(PROMPTS):
         for s, seed in enumerate([3, 5]):
             assert torch.allclose(images[p, s], by_hand(pipe, prompt, seed), atol=1e-4)
+
+
+def test_images_of_a_pipeline_that_predicts_v_are_its_own():
+    pipe = build_tiny_sd2()
+    images = loco.generate(pipe, PROMPTS, seeds=[3], **FAST)
+    for image, prompt in zip(images[:, 0], PROMPTS, strict=True):
+        assert torch.allclose(image, by_hand(pipe, prompt, 3), atol=1e-4)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
+    other = loco.generate(pipe, PROMPTS, seeds=[3], **FAST)
+    assert (images - other).abs().max() > 1e-2  # so the prediction type was obeyed
+
+
+def as_openjourney():
+    """SD 1.5's network under its published scheduler, which takes a step more than asked."""
+    pipe = build_tiny_sd()
+    pipe.scheduler = PNDMScheduler.from_config(
+        pipe.scheduler.config, skip_prk_steps=True, set_alpha_to_one=False
+    )
+    return pipe
+
+
+@pytest.mark.parametrize("build", [build_tiny_sd2, as_openjourney], ids=["SD 2", "OpenJourney"])
+def test_a_routed_batch_of_other_models_equals_one_row_at_a_time(build):
+    pipe, prompts = build(), [PROMPTS[0], "a house"]
+    src = torch.cat([torch.zeros(1, 16), torch.ones(1, 16), windows(16, 5)[3:6]]).long()
+    run = dict(seeds=[0], steps=3, sources=prompts)
+    whole = loco.generate(pipe, prompts[:1] * len(src), routes=src, **run)
+    single = [loco.generate(pipe, prompts[:1], routes=row[None], **run)[0] for row in src]
+    assert (whole - torch.stack(single)).abs().max() <= 1e-4
+    for row, prompt in zip(whole[:2, 0], prompts, strict=True):
+        assert torch.allclose(row, by_hand(pipe, prompt, 0), atol=1e-4)
+    assert (whole[2:] - whole[0]).abs().amax((1, 2, 3, 4)).min() > 1e-4
+
+
+def test_no_negative_prompt_is_the_empty_one_for_stable_diffusion(tiny_sd):
+    images = [loco.generate(tiny_sd, PROMPTS, negative_prompt=n, **FAST) for n in (None, "")]
+    assert torch.equal(*images)
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_sd):

@@ -4,8 +4,9 @@ from typing import Any
 
 from .base import Family, TextLayer, TextStates
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
 
 
 def family_of(pipe: Any) -> Family:

@@ -57,9 +57,14 @@ class TextStates:
 
 
 class Family(ABC):
-    """The questions a family answers; see the methods. Instances hold no state."""
+    """The questions a family answers; see the methods. Instances hold no state.
+
+    pooled: whether the denoiser is also handed a pooled embedding of the prompt, which reaches it
+    beside the text layers and so is not routed with them.
+    """
 
     name: str
+    pooled: bool = False
 
     @abstractmethod
     def owns(self, pipe: Any) -> bool:
@@ -116,6 +121,13 @@ class Family(ABC):
                 )
             names.append(f"{path}.{layer}.self_attn.out_proj.weight")
         return names
+
+    def unprompted(self, pipe: Any, empty: TextStates) -> TextStates:
+        """What the pipeline pushes away from if it is given no negative prompt at all.
+
+        empty: the encoded empty prompt, which is the answer of most families.
+        """
+        return empty
 
     def tokenizer(self, pipe: Any) -> Any:
         """The tokenizer whose positions `TextStates.embeds` has."""

@@ -62,14 +62,19 @@ class StableDiffusion(Family):
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
-        # transformers 5 flattened CLIPTextModel; before, and with projection, it is nested
-        nested = "text_model." if hasattr(plain(pipe.text_encoder), "text_model") else ""
-        path = f"text_encoder.{nested}encoder.layers"
-        return {path: plain(pipe.text_encoder).get_submodule(path.partition(".")[2])}
+        return dict([clip_layers(pipe, "text_encoder")])
 
     def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
         guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
         return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)
+
+
+def clip_layers(pipe: Any, component: str) -> tuple[str, nn.ModuleList]:
+    """Path and transformer layers of the CLIP text encoder `component`."""
+    encoder = plain(getattr(pipe, component))
+    # transformers 5 flattened CLIPTextModel; before, and with projection, it is nested
+    path = ("text_model." if hasattr(encoder, "text_model") else "") + "encoder.layers"
+    return f"{component}.{path}", encoder.get_submodule(path)
 
 
 @lru_cache(maxsize=64)
@@ -80,4 +85,9 @@ def _layers(unet_class: type, key: str) -> tuple[TextLayer, ...]:
         side = 2 ** len(config.block_out_channels)
         sample = torch.empty(1, config.in_channels, side, side)
         text = torch.empty(1, 1, config.cross_attention_dim)
-        return record_text_layers(unet, sample, torch.zeros(()), encoder_hidden_states=text)
+        inputs: dict[str, Any] = {"encoder_hidden_states": text}
+        if config.addition_embed_type == "text_time":  # SD-XL: the pooled text and six sizes
+            sizes = 6 * config.addition_time_embed_dim
+            pooled = torch.empty(1, config.projection_class_embeddings_input_dim - sizes)
+            inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
+        return record_text_layers(unet, sample, torch.zeros(()), **inputs)

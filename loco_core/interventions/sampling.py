@@ -6,6 +6,7 @@ not depend on the batch it was made in, nor on the device or the dtype its noise
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import records
 from .._progress import bar
-from ..families import TextStates, family_of
+from ..families import Family, TextStates, family_of
 from ..families.base import checked_prompts
 from .routing import checked_map, routed
 
@@ -33,7 +34,8 @@ def generate(
     *,
     routes: Tensor | Sequence[Sequence[int]] | None = None,
     sources: Sequence[str] | None = None,
-    negative_prompt: str = "",
+    pooled_routes: Tensor | Sequence[int] | None = None,
+    negative_prompt: str | None = None,
     eta: float = 0.0,
     batch_size: int = 16,
     folder: str | Path | None = None,
@@ -43,11 +45,15 @@ def generate(
     pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance.
     routes: [prompt, layer] long: the image of prompt p reads, at text layer l, the text
     sources[routes[p, l]], where `sources` are the prompts unless named; only the conditional half
-    of the batch is routed. eta: of DDIM. batch_size: images per call of the pipeline (with
-    guidance the denoiser sees twice as many rows). folder: each finished batch is kept there, and
-    a run that was killed goes on where it was; the result is the same.
-    Raises ValueError on an empty list of prompts, a seed given twice, bad steps or guidance, and a
-    folder that holds another run. The pipeline is left as it was.
+    of the batch is routed. pooled_routes: [prompt] long, for a family with a pooled embedding
+    beside its text layers (SD-XL): prompt p gets that of sources[pooled_routes[p]]; None: its own.
+    negative_prompt: None is the pipeline's own default: SD-XL zeroes the negative embeddings if its
+    config says so (the published one does), other pipelines encode ""; "" is encoded by all.
+    eta: of DDIM. batch_size: images per call of the pipeline (with guidance the denoiser sees
+    twice as many rows). folder: each finished batch is kept there, and a run that was killed goes
+    on where it was; the result is the same.
+    Raises ValueError on an empty list of prompts, a seed given twice, bad steps or guidance, routes
+    that do not fit, and a folder that holds another run. The pipeline is left as it was.
 
         images = loco.generate(loco.load("mini-sd"), ["a star"], seeds=range(4), steps=25)
     """
@@ -56,8 +62,10 @@ def generate(
     _check_settings(pipe, steps, guidance, batch_size)
     sources = prompts if sources is None else checked_prompts(sources)
     unique = list(dict.fromkeys([*prompts, *sources]))
-    texts = family.encode(pipe, [*unique, negative_prompt])
+    texts = family.encode(pipe, [*unique, "" if negative_prompt is None else negative_prompt])
+    negative = family.unprompted(pipe, texts[-1:]) if negative_prompt is None else texts[-1:]
     place = torch.tensor([unique.index(p) for p in prompts])
+    pooled = place
     if routes is not None:
         routes = checked_map(routes, len(family.text_layers(pipe)), len(sources))
         if len(routes) != len(prompts):
@@ -65,12 +73,16 @@ def generate(
                 f"routes has {len(routes)} rows for {len(prompts)} prompts: give one row each"
             )
         routes = torch.tensor([unique.index(p) for p in sources])[routes]
+    if pooled_routes is not None:
+        pooled = _checked_pooled(family, pooled_routes, len(prompts), len(sources))
+        pooled = torch.tensor([unique.index(p) for p in sources])[pooled]
     cells = [(p, s) for p in range(len(prompts)) for s in seeds]
     batches = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
     settings = {
         "texts": unique,
         "prompts": place.tolist(),
         "routes": None if routes is None else routes.tolist(),
+        "pooled_routes": None if pooled_routes is None else pooled.tolist(),
         "seeds": seeds,
         "steps": steps,
         "guidance": guidance,
@@ -88,8 +100,11 @@ def generate(
             if made is None:
                 index = torch.tensor([p for p, _ in batch])
                 src = None if routes is None else routes[index]
+                rows = texts[place[index]]
+                if rows.pooled is not None:
+                    rows = dataclasses.replace(rows, pooled=texts.pooled[pooled[index]])
                 made = _sample(
-                    pipe, texts, place[index], [s for _, s in batch], src, steps, guidance, eta,
+                    pipe, texts, rows, negative, [s for _, s in batch], src, steps, guidance, eta,
                     progress,
                 )  # fmt: skip
                 if parts is not None:
@@ -103,7 +118,8 @@ def generate(
 def _sample(
     pipe: Any,
     texts: TextStates,
-    place: Tensor,
+    rows: TextStates,
+    negative: TextStates,
     seeds: list[int],
     src: Tensor | None,
     steps: int,
@@ -111,21 +127,20 @@ def _sample(
     eta: float,
     progress: Any,
 ) -> Tensor:
-    """One batch: row b is texts[place[b]] with seeds[b]; the last text is the negative one."""
+    """One batch: rows[b] with seeds[b], where src[b] routes it to `texts`."""
     family = family_of(pipe)
     shape = family.latent_shape(pipe)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    negative = texts[[-1] * len(seeds)]
 
     def tick(pipe: Any, step: int, time: Any, state: dict) -> dict:
         progress.update(min(1, progress.total - progress.n))
         return state
 
-    rows = family.conditional_rows(pipe, len(seeds), guidance)
-    with nullcontext() if src is None else routed(pipe, texts, src, rows):
+    places = family.conditional_rows(pipe, len(seeds), guidance)
+    with nullcontext() if src is None else routed(pipe, texts, src, places):
         images = pipe(
-            **family.inputs(texts[place], negative),
+            **family.inputs(rows, negative[[0] * len(seeds)]),
             latents=noise.to(texts.embeds),
             generator=generators,
             num_inference_steps=steps,
@@ -165,6 +180,27 @@ def checked_seeds(seeds: Iterable[int]) -> list[int]:
     if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
         raise ValueError(f"seeds {twice} are given twice: an image would be counted twice")
     return seeds
+
+
+def _checked_pooled(family: Family, routes: Any, prompts: int, sources: int) -> Tensor:
+    """`pooled_routes` as [prompt] long; refuses one that does not fit, and a family without."""
+    if not family.pooled:
+        raise ValueError(
+            f"{family.name} has no pooled text: its prompts enter only through the text layers; "
+            "leave out pooled_routes"
+        )
+    routes = torch.as_tensor(routes)
+    if routes.shape != (prompts,) or routes.is_floating_point():
+        raise ValueError(
+            f"pooled_routes is [prompt] of whole numbers for {prompts} prompts; got "
+            f"{routes.dtype} {tuple(routes.shape)}"
+        )
+    if routes.min() < 0 or routes.max() >= sources:
+        raise ValueError(
+            f"pooled_routes names sources {int(routes.min())} to {int(routes.max())}, but there "
+            f"are 0 to {sources - 1}"
+        )
+    return routes.long()
 
 
 def _check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:

@@ -6,6 +6,11 @@
 
 c is the prompt with the concept and c' its neutral twin (or, by choice, the bare target; for a
 fact always the updated one). Only the conditional half of classifier-free guidance is touched.
+
+SD-XL hands its denoiser a pooled embedding of the prompt too, beside all text layers. By default it
+stays that of c, so that what a window does is what its layers do; then even the row in which every
+layer reads c' may still show some of the concept. With pooled="swap" a row whose window reads c'
+gets the pooled embedding of c' as well.
 """
 
 import dataclasses
@@ -21,7 +26,7 @@ from torch import Tensor
 from .. import records
 from ..concepts import Concept
 from ..evaluation.clip_score import clip_for, clip_score
-from ..families import family_of
+from ..families import Family, family_of
 from ..interventions.routing import windows
 from ..interventions.sampling import checked_seeds, generate
 
@@ -144,6 +149,7 @@ def localize(
     seeds: Iterable[int] = range(4),
     *,
     neutral: str | None = None,
+    pooled: str = "keep",
     steps: int = 25,
     guidance: float = 7.5,
     batch_size: int = 16,
@@ -156,11 +162,12 @@ def localize(
     window: layers that read the neutral text together, or "smallest": 1, 2, ... until the concept
     is removed, that is until the best window's mean score reaches the 95 % interval of the fully
     neutral images (or `threshold`). neutral: "twin" (concept.neutral) or "target"
-    (concept.target); by default the twin, and for a fact the target. score: (images
-    [n, 3, H, W] in [0, 1], texts) -> [n]; by default CLIP-Score with the CLIP of a mini. folder:
-    finished batches are kept there, and a killed sweep goes on from them with the same result.
+    (concept.target); by default the twin, and for a fact the target. pooled: "keep" or "swap", for
+    a family with a pooled embedding (SD-XL), see above. score: (images [n, 3, H, W] in [0, 1],
+    texts) -> [n]; by default CLIP-Score with the CLIP of a mini. folder: finished batches are kept
+    there, and a killed sweep goes on from them with the same result.
     Raises ValueError on a window larger than the model, a concept cut off by the tokenizer, a
-    seed given twice and what `generate` refuses.
+    seed given twice, "swap" for a family without a pooled embedding and what `generate` refuses.
 
         found = loco.localize(pipe, loco.shapeland.concept("style", name), window=2)
         found.layers, found.to_frame()
@@ -171,6 +178,7 @@ def localize(
         raise ValueError(f'window {window!r}: pass a number of layers or "smallest"')
     sizes = range(1, len(names) + 1) if window == "smallest" else [window]
     masks = [windows(len(names), size) for size in sizes]
+    _check_pooled(family, pooled)
     for prompt in concept.prompts:
         family.subject_span(pipe, prompt, concept.name)
     sources = [*concept.prompts, *_replacement(concept, neutral)]
@@ -182,6 +190,7 @@ def localize(
         made = generate(
             pipe, list(concept.prompts) * len(routes), seeds, steps, guidance,
             routes=routes.flatten(0, 1), sources=sources, batch_size=batch_size,
+            pooled_routes=routes.amax(2).flatten() if pooled == "swap" else None,
             folder=None if folder is None else Path(folder) / part,
         )  # fmt: skip
         images = made.mul(255).round().div(255).unflatten(0, (len(routes), len(judged)))
@@ -209,6 +218,7 @@ def localize(
     made_by = records.provenance(
         pipe, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size,
         asked_window=window, neutral=sources[len(judged) :], judged=judged, threshold=threshold,
+        pooled=pooled if family.pooled else None,
         scheduler=type(pipe.scheduler).__name__, dtype=str(family.denoiser(pipe).dtype),
     )  # fmt: skip
     return Localization(concept, size, names, swept, baseline, floor, tuple(tried), made_by)
@@ -234,6 +244,16 @@ def _removed(best: float, neutral: Scored, kind: str, threshold: float | None) -
     if kind == "fact":
         return best >= (low if threshold is None else threshold)
     return best <= (high if threshold is None else threshold)
+
+
+def _check_pooled(family: Family, pooled: str) -> None:
+    if pooled not in ("keep", "swap"):
+        raise ValueError(f'pooled={pooled!r}: choose "keep" or "swap"')
+    if pooled == "swap" and not family.pooled:
+        raise ValueError(
+            f'pooled="swap": {family.name} has no pooled text to swap, its prompts enter only '
+            'through the text layers; leave pooled="keep"'
+        )
 
 
 def _replacement(concept: Concept, neutral: str | None) -> tuple[str, ...]:

@@ -1,0 +1,90 @@
+"""Stable Diffusion XL: a UNet that reads two CLIP text encoders.
+
+    text layers read   c = [c1, c2], the penultimate layers of both encoders  [token, 768 + 1280]
+    beside them        pooled text of the second encoder and image sizes, added to the time step
+
+In the published model 70 text layers read c, in attentions of two to ten transformer blocks each.
+The pooled text reaches every residual block through the time embedding: no routing of text layers
+and no edit of their keys and values touches it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import TextStates, checked_prompts
+from .stable_diffusion import StableDiffusion, clip_layers
+
+
+class StableDiffusionXL(StableDiffusion):
+    """`diffusers.StableDiffusionXLPipeline` and its subclasses, with both text encoders.
+
+    What needs an encoder raises ValueError if the pipeline has not both.
+    """
+
+    name = "stable-diffusion-xl"
+    pooled = True
+
+    def owns(self, pipe: Any) -> bool:
+        from diffusers import StableDiffusionXLPipeline
+
+        return isinstance(pipe, StableDiffusionXLPipeline)
+
+    def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
+        _check_encoders(pipe)
+        prompts = checked_prompts(prompts)
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                prompts, device=pipe._execution_device, do_classifier_free_guidance=False
+            )
+        return TextStates(embeds, self.tokenize(pipe, prompts), pooled=pooled)
+
+    def unprompted(self, pipe: Any, empty: TextStates) -> TextStates:
+        """Zeros, if the pipeline's config says `force_zeros_for_empty_prompt`. The negative prompt
+        "" is no such case: it is encoded, by the pipeline as well."""
+        if not pipe.config.force_zeros_for_empty_prompt:
+            return empty
+        zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
+        return TextStates(zeros[0], empty.tokens, pooled=zeros[1])
+
+    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
+        return super().inputs(texts, negative) | {
+            "pooled_prompt_embeds": texts.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }
+
+    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
+        _check_encoders(pipe)
+        return dict(clip_layers(pipe, name) for name in ("text_encoder", "text_encoder_2"))
+
+    def tokenizer(self, pipe: Any) -> Any:
+        """The first one. The second splits words alike; the published one pads with "!"."""
+        _check_encoders(pipe)
+        return pipe.tokenizer
+
+    def subject_span(self, pipe: Any, prompt: str, subject: str) -> tuple[int, int]:
+        span = super().subject_span(pipe, prompt, subject)
+        lengths = [
+            len(tokenizer(pipe.maybe_convert_prompt(prompt, tokenizer)).input_ids)
+            for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+        ]
+        if lengths[0] != lengths[1]:
+            raise ValueError(
+                f"the two tokenizers split {prompt!r} into {lengths[0]} and {lengths[1]} tokens, "
+                f"so {subject!r} has no one place: load a textual inversion into both of them"
+            )
+        return span
+
+
+def _check_encoders(pipe: Any) -> None:
+    for which, component in (("first", "text_encoder"), ("second", "text_encoder_2")):
+        tokenizer = component.replace("text_encoder", "tokenizer")
+        for name in (component, tokenizer):
+            if getattr(pipe, name) is None:
+                raise ValueError(
+                    f"a pipeline without its {which} encoder cannot encode a prompt as SD-XL does "
+                    f"({name} of this {type(pipe).__name__} is None; the refiner has no first one)"
+                    ': load the base model, loco.load("stabilityai/stable-diffusion-xl-base-1.0")'
+                )
