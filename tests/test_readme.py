@@ -1,4 +1,5 @@
-"""The README's commands do what it says: every block of it is run here or by .ci/run.
+"""The README's commands do what it says: every block of it is run here or by .ci/run, and so is
+the Python in the prose of the book.
 
 A shell block runs in a copy of the tree. The two commands that everything hangs on are run by
 .ci/run itself, one of them being the command that runs this test.
@@ -16,7 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(TEXT)
+BOOK = [
+    pytest.param(code, id=path.stem)
+    for path in sorted((ROOT / "book").glob("*.md"))
+    for language, code in FENCED.findall(path.read_text())
+    if language == "python"
+]
 CI = ["make test", "make book"]
 
 
@@ -59,7 +67,9 @@ def test_every_make_target_the_readme_names_exists(target):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+@pytest.mark.parametrize(
+    "code", [*(pytest.param(code, id="README") for code in blocks("python")), *BOOK]
+)
 def test_python_blocks_run(code, tmp_path):
     path = environment(PYTHONPATH=str(ROOT))
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=path)
