@@ -14,17 +14,20 @@ The public names are loaded on first use, so that `import loco_core as loco` sta
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
+    "CausalTrace": "localization.tracing",
     "Concept": "concepts",
     "Edit": "editing.edit",
+    "Evaluation": "evaluation.result",
     "Localization": "localization.locogen",
     "TextLayer": "families",
     "clip_score": "evaluation.clip_score",
-    "compose": "editing.edit",
+    "compose": "editing.compose",
     "diagnose": "editing.diagnostics",
     "diff_quickfix": "editing.quickfix",
+    "evaluate": "evaluation.evaluate",
     "family_of": "families",
     "generate": "interventions.sampling",
     "load": "zoo",
@@ -33,6 +36,7 @@ _HOME = {
     "progress": "_progress",
     "text_layers": "families",
     "time_edit": "editing.cross_attention",
+    "trace": "localization.tracing",
     "uce": "editing.cross_attention",
 }
 _WINGS = (

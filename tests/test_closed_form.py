@@ -36,6 +36,18 @@ def textbook(W, keys, targets, lam, weights=None, preserve=None):
     return W @ left @ torch.linalg.inv(right)
 
 
+def projected(W, keys, targets, lam, held, weights=None, preserve=None):
+    """Equation (3) the slow way: W' = W + X with X = X P, P = I - pinv(held) held, d x d."""
+    P = torch.eye(W.shape[1], dtype=torch.float64) - torch.linalg.pinv(held) @ held
+    rows = keys if preserve is None else torch.cat([keys, preserve])
+    moves = torch.zeros_like(rows)
+    moves[: len(keys)] = targets - keys
+    S = torch.eye(len(rows), dtype=torch.float64) if weights is None else weights.double().diag()
+    free = rows @ P
+    right = lam * torch.eye(W.shape[1], dtype=torch.float64) + free.T @ S @ free
+    return W + W @ moves.T @ S @ free @ torch.linalg.inv(right)
+
+
 def distance(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -165,13 +177,8 @@ def test_a_row_of_weight_zero_does_not_count(seed, n, d, lam):
     keys, targets, W = draw(seed, n + 1, d), draw(seed + 1, n + 1, d), draw(seed + 2, 7, d)
     weights = torch.ones(n + 1)
     weights[0] = 0
-    assert (
-        distance(
-            fit(keys, targets, lam, weights).apply_to(W),
-            fit(keys[1:], targets[1:], lam).apply_to(W),
-        )
-        < 1e-12
-    )
+    without = fit(keys[1:], targets[1:], lam)
+    assert distance(fit(keys, targets, lam, weights).apply_to(W), without.apply_to(W)) < 1e-12
 
 
 @claim
@@ -193,20 +200,197 @@ def test_nearly_coinciding_keys_keep_five_digits(seed, apart):
     lam = 1e-6
     A = torch.cat([keys, lam**0.5 * torch.eye(d, dtype=torch.float64)])
     b = torch.cat([(targets - keys) @ W.T, torch.zeros(d, 8, dtype=torch.float64)])
-    by_least_squares = torch.linalg.lstsq(
-        A, b
-    ).solution.T  # QR of the stacked system, no Gram matrix
+    by_least_squares = torch.linalg.lstsq(A, b).solution.T  # of the stacked system, no Gram matrix
     assert distance(fit(keys, targets, lam).delta(W), by_least_squares) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_edited_weight_keeps_dtype_and_is_rounded_once(dtype):
+@claim
+@given(SEEDS, ROWS, KEPT, LAMS, st.integers(1, 4))
+def test_null_space_agrees_with_the_projected_normal_equations(seed, n, p, lam, r):
+    d = 20
+    keys, targets, W = draw(seed, n, d), draw(seed + 1, n, d), draw(seed + 2, 7, d)
+    kept, weights, held = (
+        draw(seed + 3, p, d),
+        draw(seed + 4, n + p).abs() + 0.1,
+        draw(seed + 5, r, d),
+    )
+    found = fit(keys, targets, lam, weights, kept, held)
+    assert distance(found.apply_to(W), projected(W, keys, targets, lam, held, weights, kept)) < 1e-8
+    assert found.rank <= n
+
+
+@claim
+@given(
+    SEEDS,
+    ROWS,
+    st.integers(1, 4),
+    st.sampled_from([0.0, 1e-9, 1e-4, 0.01, 1.0]),
+    st.sampled_from([0.1, 1e-3, 1e-6]),
+)
+def test_rows_of_the_null_space_are_held_exactly_whatever_lam(seed, n, r, lam, apart):
+    keys, targets, W = draw(seed, n, 20), draw(seed + 1, n, 20), draw(seed + 2, 7, 20)
+    # Near a key, as the prompts to be spared are: little of the key is left to edit.
+    held = draw(seed + 3, r, 20)
+    held[0] = keys[0] + apart * held[0]
+    edit = fit(keys, targets, lam, null_space=held)
+    change = edit.delta(W)
+    assert change.norm() > 0
+    assert (change @ held.T).norm() <= 1e-12 * change.norm() * held.norm()
+    if lam == 0 and apart == 0.1:
+        assert distance(edit.apply_to(W) @ keys.T, W @ targets.T) < 1e-7
+
+
+@claim
+@given(SEEDS, ROWS, st.integers(2, 4), LAMS)
+def test_repeated_rows_of_the_null_space_count_once(seed, n, r, lam):
+    keys, targets, held = draw(seed, n, 20), draw(seed + 1, n, 20), draw(seed + 2, r, 20)
+    W = draw(seed + 3, 7, 20)
+    redundant = torch.cat([held, held.flip(0), 3 * held[:1] - held[1:2], torch.zeros_like(held)])
+    once, again = (fit(keys, targets, lam, null_space=rows) for rows in (held, redundant))
+    assert distance(again.apply_to(W), once.apply_to(W)) < 1e-9
+
+
+@claim
+@given(SEEDS, ROWS, LAMS)
+def test_a_null_space_apart_from_the_keys_changes_nothing(seed, n, lam):
+    keys, held = torch.zeros(n, 20).double(), torch.zeros(3, 20).double()
+    keys[:, :14], held[:, 14:] = draw(seed, n, 14), draw(seed + 1, 3, 6)
+    targets, W = draw(seed + 2, n, 20), draw(seed + 3, 7, 20)
+    bound, free = fit(keys, targets, lam, null_space=held), fit(keys, targets, lam)
+    assert distance(bound.apply_to(W), free.apply_to(W)) < 1e-12
+
+
+@pytest.mark.parametrize("held", ["the keys themselves", "combinations of them", "everything"])
+def test_a_null_space_that_holds_every_key_is_refused(held):
+    keys, targets = draw(0, 3, 8), draw(1, 3, 8)
+    rows = {"the keys themselves": keys, "combinations of them": draw(2, 5, 3) @ keys}.get(held)
+    rows = draw(3, 12, 8) if rows is None else rows
+    known = 8 if held == "everything" else 3
+    with pytest.raises(ValueError, match=f"holds {known} of 8 directions, every key .* preserve"):
+        fit(keys, targets, 0.01, null_space=rows)
+    fit(torch.cat([keys, draw(4, 1, 8)]), draw(5, 4, 8), 0.01, null_space=keys)  # one key is free
+
+
+def test_a_hundred_edits_beside_nine_hundred_preserved_rows_agree_with_the_textbook():
+    d, lam = 320, 0.01
+    common = 4 * draw(0, 1, d)
+    keys, targets, kept = (common + draw(seed, k, d) for seed, k in ((1, 100), (2, 100), (3, 900)))
+    W = draw(4, 16, d)
+    C, G = torch.cat([keys, kept]), torch.cat([targets, kept])
+    right = lam * torch.eye(d, dtype=torch.float64) + C.T @ C
+    change = torch.linalg.solve(right, W @ (G - C).T @ C, left=False)
+    found = fit(keys, targets, lam, preserve=kept)
+    assert distance(found.delta(W), change) < 1e-8
+    assert found.D.shape == (d, 100)
+
+
+def some_map(seed, n, d):
+    return fit(draw(seed, n, d), draw(seed + 1, n, d), 0.01)
+
+
+@claim
+@given(SEEDS, ROWS, WIDTHS, st.floats(-3, 3))
+def test_scaling_is_linear_from_the_identity_to_the_edit_and_beyond(seed, n, d, scale):
+    change, W = some_map(seed, n, d), draw(seed + 2, 7, d)
+    assert torch.equal(change.scaled(0).apply_to(W), W) and change.scaled(0).rank == 0
+    assert change.scaled(1) == change
+    assert (change.scaled(scale).delta(W) - scale * change.delta(W)).norm() < 1e-12 * (
+        change.delta(W).norm()
+    )
+    assert distance(change.scaled(2).scaled(0.5).delta(W), change.delta(W)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "half", None])
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number, not"):
+        some_map(0, 2, 8).scaled(scale)
+
+
+@claim
+@given(SEEDS, ROWS, ROWS, st.integers(1, 3), WIDTHS)
+def test_then_equals_editing_twice(seed, n, m, k, d):
+    first, second, third = some_map(seed, n, d), some_map(seed + 2, m, d), some_map(seed + 4, k, d)
+    W = draw(seed + 6, 7, d)
+    twice = second.apply_to(first.apply_to(W))
+    assert distance(first.then(second).apply_to(W), twice) < 1e-10
+    assert first.then(second).D.shape == (d, n + m)
+    left, right = first.then(second).then(third), first.then(second.then(third))
+    assert distance(left.apply_to(W), right.apply_to(W)) < 1e-9
+
+
+def test_maps_of_two_widths_do_not_follow_one_another():
+    with pytest.raises(ValueError, match="width 8 cannot be followed by one of width 9"):
+        some_map(0, 2, 8).then(some_map(0, 2, 9))
+
+
+@claim
+@given(SEEDS, st.integers(1, 30), st.integers(12, 24))
+def test_relative_change_equals_the_dense_formula(seed, n, d):
+    change, W = some_map(seed, n, d), draw(seed + 2, 7, d)
+    dense = W @ (torch.eye(d, dtype=torch.float64) + change.D @ change.R) - W
+    assert change.relative_change(W) == pytest.approx(float(dense.norm() / W.norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_edited_half_precision_weight_keeps_its_dtype_and_is_rounded_once(dtype):
     keys, targets, W = draw(0, 3, 16), draw(1, 3, 16), draw(2, 7, 16).to(dtype)
     before = W.clone()
     edited = fit(keys, targets, 0.01).apply_to(W)
     assert edited.dtype == dtype
     assert torch.equal(edited, textbook(W.double(), keys, targets, 0.01).to(dtype))
     assert torch.equal(W, before)
+
+
+def misses(change: LowRankMap, W: torch.Tensor, edited: torch.Tensor) -> float:
+    """How far the change of a weight is off, beyond the rounding of the weight itself, relative."""
+    W, edited = W.double(), edited.double()
+    exact = W + W @ change.D @ change.R
+    spacing = torch.finfo(torch.float32).eps * exact.abs()
+    return float(((edited - exact).abs() - spacing).clamp(min=0).norm() / change.delta(W).norm())
+
+
+@claim
+@given(SEEDS, ROWS, st.sampled_from([1.0, 1e-1, 1e-2, 1e-3]), LAMS)
+def test_float32_weight_is_edited_to_a_part_in_a_million_though_keys_nearly_coincide(
+    seed, n, apart, lam
+):
+    d = 48
+    # One target for keys that nearly coincide: rows of R are long and all but cancel in D R.
+    keys, targets = draw(seed, 1, d) + apart * draw(seed + 1, n, d), draw(seed + 2, 1, d)
+    targets, W = targets.expand(n, d), draw(seed + 3, 64, d).float()
+    change, before = fit(keys, targets, lam), W.clone()
+    edited = change.apply_to(W)
+    assert edited.dtype == torch.float32 and torch.equal(W, before)
+    assert misses(change, W, edited) < 1e-6
+
+
+@pytest.fixture(params=["autocast", "bfloat16 matmuls"])
+def short_products(request):
+    """A user's setting that makes float32 products lose digits."""
+    if request.param == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    else:
+        torch.set_float32_matmul_precision("medium")
+        yield
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_that_shorten_float32_products_do_not_reach_an_edit(short_products):
+    W, change = draw(0, 64, 64).float(), some_map(1, 3, 64)
+    edited = change.apply_to(W)
+    assert edited.dtype == torch.float32
+    assert torch.equal(edited, (W.double() + change.delta(W)).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_edited_weight_can_be_written_where_asked_and_in_place(dtype):
+    W, change = draw(0, 300, 16).to(dtype), some_map(1, 3, 16)
+    expected, elsewhere = change.apply_to(W), torch.zeros_like(W)
+    assert change.apply_to(W, out=elsewhere) is elsewhere and torch.equal(elsewhere, expected)
+    assert change.apply_to(W, out=W) is W and torch.equal(W, expected)
+    with pytest.raises(ValueError, match=r"out must be \[300, 16\], not \[16, 300\]"):
+        change.apply_to(W, out=W.T)
 
 
 def test_dependent_keys_that_agree_are_interpolated_at_lam_zero():
@@ -238,6 +422,8 @@ BAD = {
         dict(keys=KEYS[[0, 1, 1]], lam=0),
         "linear combination of other rows .* use lam > 0",
     ),
+    "width of the null space": (dict(null_space=draw(2, 2, 9)), "null_space must have .* width 8"),
+    "NaN in the null space": (dict(null_space=KEYS / 0), "null_space holds NaN"),
     "edited and preserved at lam=0": (dict(lam=0, preserve=KEYS[:1]), "linear combination"),
 }
 

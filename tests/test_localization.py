@@ -217,7 +217,7 @@ def test_a_damaged_localization_is_refused_by_name(found, tmp_path, damage):
 def test_a_killed_sweep_goes_on_with_the_same_result(
     tiny_sd, found, clip_based, tmp_path, monkeypatch
 ):
-    real, calls = sampling._sample, []
+    real, calls = sampling.sample_batch, []
 
     def dies(*args):
         calls.append(args)
@@ -226,7 +226,7 @@ def test_a_killed_sweep_goes_on_with_the_same_result(
         return real(*args)
 
     run = dict(window=2, score=clip_based, folder=tmp_path, **FAST)
-    monkeypatch.setattr(sampling, "_sample", dies)
+    monkeypatch.setattr(sampling, "sample_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         loco.localize(tiny_sd, STYLE, **run)
     assert loco.localize(tiny_sd, STYLE, **run) == found

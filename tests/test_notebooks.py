@@ -65,6 +65,16 @@ def test_every_published_run_has_its_record(source):
     assert facts["source_sha256"] == executed.metadata.loco.source_sha256
 
 
+def test_pictures_in_readme_and_prose_are_those_of_the_published_runs(tmp_path):
+    for source in SOURCES:
+        published, _ = execute.destination(source, load_profile("mini"))
+        execute.write_pictures(nbformat.read(published, as_version=4), tmp_path)
+    made = {path.name: path.read_bytes() for path in (tmp_path / execute.PICTURES).iterdir()}
+    assert {"picture.png", "trade_off.png"} <= set(made)
+    for name, content in made.items():
+        assert (ROOT / execute.PICTURES / name).read_bytes() == content
+
+
 def test_the_provenance_page_is_written_from_the_records():
     assert (ROOT / provenance.PAGE).read_text() == provenance.page(provenance.read_records())
 

@@ -188,7 +188,7 @@ def test_a_subclassed_pipeline_is_called_itself(tiny_sd):
 
 def killed_after(batches, monkeypatch):
     """Let `batches` batches through, then die as if Ctrl-C was pressed."""
-    real, calls = sampling._sample, []
+    real, calls = sampling.sample_batch, []
 
     def sample(*args):
         if len(calls) == batches:
@@ -196,7 +196,7 @@ def killed_after(batches, monkeypatch):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(sampling, "_sample", sample)
+    monkeypatch.setattr(sampling, "sample_batch", sample)
     return calls
 
 

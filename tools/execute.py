@@ -8,7 +8,8 @@ _build/NN_name.FAILED.ipynb with the error in place, and the published run as it
 
 Each published run has its record, results/runs/NN_name.json: wall clock, device, versions, source
 hash. It belongs to the run whose bytes are published: a run that reproduces them bit for bit leaves
-it alone. The figure of the cell tagged `picture` becomes the README's, book/_static/picture.png.
+it alone. The figure of the cell tagged `picture` becomes the README's, book/_static/picture.png;
+one tagged `picture-NAME` is book/_static/NAME.png, for the prose of the book.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from tools import profiles, provenance
 from tools.freeze import dumps, freeze, source_hash
 from tools.profiles import DEFAULT, ROOT, Profile
 
-PICTURE = "book/_static/picture.png"
+PICTURES = "book/_static"
 VERSIONED = ("torch", "diffusers", "transformers", "numpy", "safetensors")
 
 
@@ -107,18 +108,21 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
         write_atomically(record, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(published, content)
     if profile.name == DEFAULT:
-        write_picture(frozen, root)
+        write_pictures(frozen, root)
     return seconds
 
 
-def write_picture(notebook: NotebookNode, root: Path = ROOT) -> None:
-    """Publish the figure of the cell tagged `picture`, if the notebook has one, for the README."""
+def write_pictures(notebook: NotebookNode, root: Path = ROOT) -> None:
+    """Publish the figures of cells tagged `picture` or `picture-NAME`, for README and prose."""
     for cell in notebook.cells:
-        if "picture" in cell.metadata.get("tags", ()):
-            (image,) = (
-                o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", ())
-            )
-            write_atomically(root / PICTURE, base64.b64decode(image))
+        for tag in cell.metadata.get("tags", ()):
+            kind, _, name = tag.partition("-")
+            if kind == "picture":
+                (image,) = (
+                    o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", ())
+                )
+                path = root / PICTURES / f"{name or kind}.png"
+                write_atomically(path, base64.b64decode(image))
 
 
 def machine(profile: Profile) -> dict[str, object]:

@@ -1,10 +1,11 @@
-"""Figures: the score of every window, and images side by side.
+"""Figures: the score of every window, the effect of every site, and images side by side.
 
 Functions return a matplotlib Figure that is already closed in pyplot, so that a notebook shows it
 once, as the value of its cell.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -130,3 +131,59 @@ def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:
         expected = "a non-empty vector" if length is None else f"{length} values, one per window"
         raise ValueError(f"score_curve: {name} has shape {vector.shape}, expected {expected}")
     return vector
+
+
+def effect_figure(trace: Any, threshold: float | None = None, *, title: str = "") -> Figure:
+    """Effects of a causal trace (arXiv 2310.13730, section 3): bars along a UNet, each with its
+    95 % interval, or for text encoders a map of layer and token for each kind of site.
+
+    trace: a `CausalTrace`. threshold: drawn as a line, in a map as a mark on the causal sites.
+
+        figure = effect_figure(loco.trace(pipe, concept, "text_encoder", tokens="all"))
+    """
+    frame = trace.to_frame()
+    draw = _effect_bars if trace.where == "unet" else _effect_maps
+    with sns.axes_style("whitegrid" if trace.where == "unet" else "white"):
+        figure = draw(frame, threshold)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    plt.close(figure)
+    return figure
+
+
+def _effect_bars(frame: Any, threshold: float | None) -> Figure:
+    figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    kinds = list(dict.fromkeys(frame["kind"]))
+    for kind, color in zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True):
+        part = frame[frame["kind"] == kind]
+        ends = part["effect"] - part["low"], part["high"] - part["effect"]
+        errors = np.clip(ends, 0, None)
+        axis.bar(part.index, part["effect"], yerr=errors, color=color, ecolor="0.5", label=kind)
+    if threshold is not None:
+        axis.axhline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
+    blocks = frame["site"].str.extract(r"^(\w+_blocks\.\d+|\w+)")[0].drop_duplicates()
+    axis.set_xticks(blocks.index, blocks, rotation=30, ha="right")
+    axis.set(xlabel="site, in the order they run", ylabel="effect (restored - corrupted)")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return figure
+
+
+def _effect_maps(frame: Any, threshold: float | None) -> Figure:
+    kinds = list(dict.fromkeys(frame["kind"]))
+    layer = frame["site"].str.replace(r"\.\w+$", "", regex=True)
+    layer = layer.str.replace(r"\.(?:text_model\.)?encoder\.layers\.", " ", regex=True)
+    order, most = list(dict.fromkeys(layer)), frame["effect"].abs().max()
+    size = (2.2 + len(kinds) * (1.2 + 0.45 * frame["token"].nunique()), 1.4 + 0.3 * len(order))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        part = frame[frame["kind"] == kind].assign(layer=layer)
+        table = part.pivot(index="layer", columns="token", values="effect").loc[
+            [each for each in order if each in set(part["layer"])]
+        ]
+        marks = None if threshold is None else np.where(table >= threshold, "*", "")
+        sns.heatmap(
+            table, ax=axis, cmap="vlag", vmin=-most, vmax=most, annot=marks, fmt="",
+            cbar=axis is axes[0, -1], cbar_kws={"label": "effect (restored - corrupted)"},
+        )  # fmt: skip
+        axis.set(title=kind, xlabel="token (0: last of the subject)", ylabel="")
+    return figure

@@ -59,7 +59,7 @@ def generate(
     """
     family = family_of(pipe)
     prompts, seeds = checked_prompts(prompts), checked_seeds(seeds)
-    _check_settings(pipe, steps, guidance, batch_size)
+    check_settings(pipe, steps, guidance, batch_size)
     sources = prompts if sources is None else checked_prompts(sources)
     unique = list(dict.fromkeys([*prompts, *sources]))
     texts = family.encode(pipe, [*unique, "" if negative_prompt is None else negative_prompt])
@@ -94,7 +94,7 @@ def generate(
     }
     parts = None if folder is None else records.Parts.of(folder, pipe, **settings)
     images = []
-    with _own_scheduler(pipe), bar(len(batches) * steps, "sampling", "step") as progress:
+    with own_scheduler(pipe), bar(len(batches) * steps, "sampling", "step") as progress:
         for number, batch in enumerate(batches):
             made = None if parts is None else parts.read(number)
             if made is None:
@@ -103,7 +103,7 @@ def generate(
                 rows = texts[place[index]]
                 if rows.pooled is not None:
                     rows = dataclasses.replace(rows, pooled=texts.pooled[pooled[index]])
-                made = _sample(
+                made = sample_batch(
                     pipe, texts, rows, negative, [s for _, s in batch], src, steps, guidance, eta,
                     progress,
                 )  # fmt: skip
@@ -115,7 +115,7 @@ def generate(
     return torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
 
 
-def _sample(
+def sample_batch(
     pipe: Any,
     texts: TextStates,
     rows: TextStates,
@@ -153,7 +153,7 @@ def _sample(
 
 
 @contextmanager
-def _own_scheduler(pipe: Any) -> Iterator[None]:
+def own_scheduler(pipe: Any) -> Iterator[None]:
     """A copy of the scheduler to work with, and no bar of the pipeline's own."""
     scheduler, bars = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
     pipe.scheduler = copy.deepcopy(scheduler)
@@ -203,7 +203,8 @@ def _checked_pooled(family: Family, routes: Any, prompts: int, sources: int) -> 
     return routes.long()
 
 
-def _check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:
+def check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:
+    """Raises ValueError for settings of a sampling that the pipeline cannot do."""
     most = pipe.scheduler.config.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise ValueError(f"steps {steps!r} is not a whole number from 1 to {most}")

@@ -194,7 +194,7 @@ def localize(
             folder=None if folder is None else Path(folder) / part,
         )  # fmt: skip
         images = made.mul(255).round().div(255).unflatten(0, (len(routes), len(judged)))
-        return Scored(images, _scores(score, images, judged))
+        return Scored(images, scores_of(score, images, judged))
 
     original = torch.arange(len(judged))[:, None].expand(-1, len(names))
     replaced = original + len(judged)
@@ -270,7 +270,7 @@ def _replacement(concept: Concept, neutral: str | None) -> tuple[str, ...]:
     return concept.neutral if neutral == "twin" else concept.target
 
 
-def _scores(score: Score, images: Tensor, texts: list[str]) -> Tensor:
+def scores_of(score: Score, images: Tensor, texts: list[str]) -> Tensor:
     """[row, prompt, seed] float64 of images [row, prompt, seed, 3, H, W], each by its text."""
     rows, _, seeds = images.shape[:3]
     each = [text for text in texts for _ in range(seeds)] * rows
