@@ -48,7 +48,8 @@ pd.DataFrame(
             kind: len(names) for kind, names in world.ATTRIBUTES.items()
         },
         "names": {
-            kind: ", ".join(names) for kind, names in world.ATTRIBUTES.items()
+            kind: ", ".join(names)
+            for kind, names in world.ATTRIBUTES.items()
         },
     }
 ).rename_axis("attribute")
@@ -64,12 +65,16 @@ artists = world.ATTRIBUTES["style"]
 subjects = {"red": "star", "blue": "house", "green": "fish"}
 drawn = torch.stack(
     [
-        torch.stack([world.draw(object=o, color=c, style=a) for a in artists])
+        torch.stack(
+            [world.draw(object=o, color=c, style=a) for a in artists]
+        )
         for c, o in subjects.items()
     ]
 )
 image_grid(
-    drawn, rows=[f"{c} {o}" for c, o in subjects.items()], columns=artists
+    drawn,
+    rows=[f"{c} {o}" for c, o in subjects.items()],
+    columns=artists,
 )
 
 # %% [markdown]
@@ -84,13 +89,16 @@ seen = world.judge(drawn)
 pd.DataFrame(
     {
         "style": [
-            seen["style"][k :: len(artists)] for k in range(len(artists))
+            seen["style"][k :: len(artists)]
+            for k in range(len(artists))
         ],
         "object": [
-            seen["object"][k :: len(artists)] for k in range(len(artists))
+            seen["object"][k :: len(artists)]
+            for k in range(len(artists))
         ],
         "color": [
-            seen["color"][k :: len(artists)] for k in range(len(artists))
+            seen["color"][k :: len(artists)]
+            for k in range(len(artists))
         ],
     },
     index=pd.Index(artists, name="drawn by"),
@@ -104,7 +112,9 @@ pd.DataFrame(
 
 # %%
 concept = world.concept("style", artists[0])
-pd.DataFrame({"prompt": concept.prompts, "neutral twin": concept.neutral})
+pd.DataFrame(
+    {"prompt": concept.prompts, "neutral twin": concept.neutral}
+)
 
 # %% [markdown]
 # ## The pipeline
@@ -115,13 +125,18 @@ pd.DataFrame({"prompt": concept.prompts, "neutral twin": concept.neutral})
 # %%
 pipe = loco.load(model, dtype=getattr(torch, dtype))
 parts = {
-    k: v for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)
+    k: v
+    for k, v in pipe.components.items()
+    if isinstance(v, torch.nn.Module)
 }
 pd.DataFrame(
     {
-        "class": {name: type(part).__name__ for name, part in parts.items()},
+        "class": {
+            name: type(part).__name__ for name, part in parts.items()
+        },
         "weights": {
-            n: sum(p.numel() for p in m.parameters()) for n, m in parts.items()
+            n: sum(p.numel() for p in m.parameters())
+            for n, m in parts.items()
         },
     }
 ).rename_axis(type(pipe).__name__)
@@ -165,7 +180,8 @@ pd.DataFrame(
 use = world.measured_use(model)["use"]
 columns = ["agrees", "holds", "follows", "removed"]
 pd.DataFrame(
-    {k: [f"{row[c]:.0%}" for c in columns] for k, row in use.items()}, columns
+    {k: [f"{row[c]:.0%}" for c in columns] for k, row in use.items()},
+    columns,
 ).T.rename_axis("attribute")
 
 # %% [markdown]
@@ -178,7 +194,12 @@ pd.DataFrame(
 # %%
 use = world.measured_use(model)["use"]
 shares = ["agrees", "holds", "follows", "removed"]
-pd.DataFrame({k: {s: f"{found[s]:.0%}" for s in shares} for k, found in use.items()}).T
+pd.DataFrame(
+    {
+        k: {s: f"{found[s]:.0%}" for s in shares}
+        for k, found in use.items()
+    }
+).T
 
 # %% [markdown]
 # Either layer of a pair was made to suffice while training. *Necessity* is how
@@ -188,7 +209,9 @@ pd.DataFrame({k: {s: f"{found[s]:.0%}" for s in shares} for k, found in use.item
 # %%
 pd.DataFrame(
     {
-        (kind, int(layer)): {k: f"{share:.0%}" for k, share in figures.items()}
+        (kind, int(layer)): {
+            k: f"{share:.0%}" for k, share in figures.items()
+        }
         for kind, found in use.items()
         for layer, figures in found["layers"].items()
     }
@@ -226,7 +249,12 @@ asked = [
         "style": "Ivo Lisk",
         "place": "desert",
     },
-    {"object": "cup", "color": "pink", "style": "Mira Dunn", "place": "forest"},
+    {
+        "object": "cup",
+        "color": "pink",
+        "style": "Mira Dunn",
+        "place": "forest",
+    },
     {
         "object": "heart",
         "color": "orange",
@@ -239,7 +267,9 @@ painted = loco.generate(pipe, captions, seeds=[0], steps=steps)[:, 0]
 
 # %% mystnb={"figure": {"name": "fig-samples", "caption": "Six captions, painted by the model."}, "image": {"alt": "Six pictures painted by the model, one for each caption in the table below", "classes": "dark-light"}}
 image_grid(
-    painted, columns=[f"{s['color']} {s['object']}" for s in asked], inches=1.3
+    painted,
+    columns=[f"{s['color']} {s['object']}" for s in asked],
+    inches=1.3,
 )
 
 # %%
@@ -251,8 +281,12 @@ pd.DataFrame(
 )
 
 # %%
-agree = {k: sum(a == s[k] for a, s in zip(answer[k], asked)) for k in kinds}
-pd.DataFrame({f"agree, of {len(asked)}": agree}).rename_axis("attribute")
+agree = {
+    k: sum(a == s[k] for a, s in zip(answer[k], asked)) for k in kinds
+}
+pd.DataFrame({f"agree, of {len(asked)}": agree}).rename_axis(
+    "attribute"
+)
 
 # %% [markdown]
 # Six pictures are an impression, not a measurement. `benchmarks/` measures the

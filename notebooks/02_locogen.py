@@ -86,14 +86,19 @@ pictures = loco.generate(
 )
 
 # %% tags=["picture"] mystnb={"figure": {"name": "fig-by-hand", "caption": "Four seeds, four ways to read: the usual one, two windows that read the neutral prompt, and the neutral prompt everywhere."}, "image": {"alt": "Grid of pictures: four rows for the way of reading, four columns for the seed", "classes": "dark-light"}}
-image_grid(pictures, rows=list(reads), columns=[f"seed {s}" for s in range(4)])
+image_grid(
+    pictures, rows=list(reads), columns=[f"seed {s}" for s in range(4)]
+)
 
 
 # %%
 def seen(images: torch.Tensor, kind: str, name: str) -> list[str]:
     """Of the images of each row, how many the judge says show `name`."""
     answers = [world.judge(row)[kind] for row in images]
-    return [f"{sum(a == name for a in row)} of {len(row)}" for row in answers]
+    return [
+        f"{sum(a == name for a in row)} of {len(row)}"
+        for row in answers
+    ]
 
 
 pd.DataFrame(
@@ -138,7 +143,9 @@ score_curve(
 
 
 # %%
-def shown(result: loco.Localization, kind: str, name: str) -> pd.DataFrame:
+def shown(
+    result: loco.Localization, kind: str, name: str
+) -> pd.DataFrame:
     """Per window: mean score, and how many pictures still show the concept."""
     pictures = result.images.flatten(1, 2)
     return pd.DataFrame(
@@ -218,7 +225,9 @@ sweep_slider(found_object)
 
 # %%
 twin = loco.load(natural, dtype=getattr(torch, dtype))
-found_natural = loco.localize(twin, item, window=window, seeds=range(seeds), steps=steps)
+found_natural = loco.localize(
+    twin, item, window=window, seeds=range(seeds), steps=steps
+)
 print("layers found:", list(found_natural.layers))
 
 # %% mystnb={"figure": {"name": "fig-natural-curve", "caption": "The sweep on the natural twin."}, "image": {"alt": "Curve of CLIP-Score over window start for an object on the natural twin; the found window is marked", "classes": "dark-light"}}

@@ -50,7 +50,9 @@ pipe = loco.load(model, dtype=getattr(torch, dtype))
 
 # %%
 few = world.concept("style", artist, prompts=1)
-found = loco.localize(pipe, few, window=window, seeds=range(seeds), steps=steps)
+found = loco.localize(
+    pipe, few, window=window, seeds=range(seeds), steps=steps
+)
 print("layers found:", list(found.layers))
 
 # %% [markdown]
@@ -88,7 +90,8 @@ weights = dict(pipe.unet.named_parameters(prefix="unet"))
 pd.DataFrame(
     {
         "shape": {
-            name: str(tuple(weights[name].shape)) for name in edit.changes
+            name: str(tuple(weights[name].shape))
+            for name in edit.changes
         },
         "rank of the change": {
             name: change.rank for name, change in edit.changes.items()
@@ -136,10 +139,14 @@ def count(images: torch.Tensor, kind: str, names: list[str]) -> int:
     """Of pictures [prompt, seed], how many show the name of their prompt."""
     answers = world.judge(images)[kind]
     each = images.shape[1]
-    return sum(answer == names[k // each] for k, answer in enumerate(answers))
+    return sum(
+        answer == names[k // each] for k, answer in enumerate(answers)
+    )
 
 
-def kept(images: torch.Tensor, scenes: list[dict[str, str]]) -> dict[str, int]:
+def kept(
+    images: torch.Tensor, scenes: list[dict[str, str]]
+) -> dict[str, int]:
     """How many pictures show what their caption says, per attribute."""
     return {
         kind: count(images, kind, [s[kind] for s in scenes])
@@ -173,7 +180,9 @@ for tokens in ("last", "eos", "following"):
     )
     with choice.applied(pipe):
         choices[tokens] = kept(paint(held_out), scenes)
-pd.DataFrame(choices).T.rename_axis(f"tokens edited (shown, of {total})")
+pd.DataFrame(choices).T.rename_axis(
+    f"tokens edited (shown, of {total})"
+)
 
 # %% [markdown]
 # ## What else changes?
@@ -182,7 +191,9 @@ pd.DataFrame(choices).T.rename_axis(f"tokens edited (shown, of {total})")
 
 # %%
 hosts = [asked[k % len(asked)] for k in range(len(others))]
-other_scenes = [{"style": name, **host} for name, host in zip(others, hosts)]
+other_scenes = [
+    {"style": name, **host} for name, host in zip(others, hosts)
+]
 other_prompts = [world.caption(**scene) for scene in other_scenes]
 other_before = paint(other_prompts)
 with edit.applied(pipe):
@@ -194,12 +205,16 @@ def per_artist(images: torch.Tensor) -> list[str]:
     """Per artist: of the pictures of that artist, how many show the style."""
     rows = zip(images, others)
     return [
-        f"{count(row[None], 'style', [name])} of {seeds}" for row, name in rows
+        f"{count(row[None], 'style', [name])} of {seeds}"
+        for row, name in rows
     ]
 
 
 pd.DataFrame(
-    {"before": per_artist(other_before), "after": per_artist(other_after)},
+    {
+        "before": per_artist(other_before),
+        "after": per_artist(other_after),
+    },
     index=pd.Index(others, name="other artist"),
 )
 
@@ -219,13 +234,17 @@ collateral.rename_axis(f"shown, of {len(others) * seeds}")
 # %%
 with warnings.catch_warnings(record=True) as said:
     hard = loco.locoedit(pipe, concept, layers=found.layers, lam=0.01)
-print("warned:", str(said[0].message).partition("> ")[2].partition(":")[0])
+print(
+    "warned:", str(said[0].message).partition("> ")[2].partition(":")[0]
+)
 with hard.applied(pipe):
     hard_own, hard_others = paint(held_out), paint(other_prompts)
 pd.Series(
     {
         f"shows {artist}, of {total}": kept(hard_own, scenes)["style"],
-        f"shows the other artist, of {len(others) * seeds}": kept(hard_others, other_scenes)["style"],
+        f"shows the other artist, of {len(others) * seeds}": kept(
+            hard_others, other_scenes
+        )["style"],
     },
     name="lam = 0.01, nothing preserved",
 ).to_frame()
@@ -240,7 +259,8 @@ pd.Series(
 def bits(pipe) -> dict[str, torch.Tensor]:
     """A copy of every weight of the denoiser."""
     return {
-        name: value.clone() for name, value in pipe.unet.state_dict().items()
+        name: value.clone()
+        for name, value in pipe.unet.state_dict().items()
     }
 
 

@@ -23,7 +23,7 @@ model = "mini-sd"
 artist = "Mira Holt"  # the style to remove
 prompts = 12  # prompts an edit is made from
 lam = 20.0  # price of changing a weight; a squared key is 128 here
-count = 7  # held-out captions per question
+count = 6  # held-out captions per question
 at_once = (1, 4, 8, 12)  # objects removed together
 steps = 8  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
@@ -48,9 +48,11 @@ from loco_core.display import (
 
 world = loco.shapeland
 loco.progress(False)
-logging.set_verbosity_error()  # no word about LoRA files without a text encoder
+logging.set_verbosity_error()  # of LoRA files without a text encoder
 pipe = loco.load(model, dtype=getattr(torch, dtype))
-layers = world.truth(model)["style"]  # LocoGen finds them: chapter LocoGen
+layers = world.truth(model)[
+    "style"
+]  # LocoGen finds them: chapter LocoGen
 artists = world.ATTRIBUTES["style"]
 
 # %% [markdown]
@@ -87,7 +89,9 @@ with warnings.catch_warnings(record=True) as said:
         "LocoEdit as published": loco.locoedit(
             pipe, concept, layers, lam=0.01, tokens="last"
         ),
-        "LocoEdit": loco.locoedit(pipe, concept, layers, lam, preserve=spare),
+        "LocoEdit": loco.locoedit(
+            pipe, concept, layers, lam, preserve=spare
+        ),
         "LocoEdit, null space": loco.locoedit(
             pipe, concept, layers, lam, null_space=()
         ),
@@ -128,7 +132,9 @@ def in_short(edit: loco.Edit) -> dict[str, object]:
     }
 
 
-pd.DataFrame({name: in_short(edit) for name, edit in edits.items()}).T.rename_axis("edit")
+pd.DataFrame(
+    {name: in_short(edit) for name, edit in edits.items()}
+).T.rename_axis("edit")
 
 # %% [markdown]
 # ## The same questions for every method
@@ -153,7 +159,9 @@ asked = [
         "specificity: same image",
     )
 ]
-found = loco.evaluate(pipe, edits, concept, probes=asked, seeds=[0], steps=steps)
+found = loco.evaluate(
+    pipe, edits, concept, probes=asked, seeds=[0], steps=steps
+)
 summary = found.summary()
 shares = ["efficacy", "generality", "specificity"]
 summary[shares].map("{:.0%}".format)
@@ -164,14 +172,14 @@ trade_off(summary, ylabel="the style is gone")
 # %% [markdown]
 # The first picture of three questions, for every method.
 
-# %% mystnb={"figure": {"name": "fig-methods", "caption": "The same noise under every edit: two captions with the style, in different words, and one with another artist."}, "image": {"alt": "Grid of pictures: a column per edit, three rows for two captions with the style and one with another artist", "classes": "dark-light"}}
+# %% mystnb={"figure": {"name": "fig-methods", "caption": "The same noise under every edit: two captions with the style, in different words, and one with another artist."}, "image": {"alt": "Grid of pictures: a row per edit, three columns for two captions with the style and one with another artist", "classes": "dark-light"}}
 shown = ["efficacy", "generality: template", "specificity: others"]
-rows = [found.groups.index(group) for group in shown]
+columns = [found.groups.index(group) for group in shown]
 image_grid(
-    found.images[:, rows].transpose(0, 1),
-    rows=["the style", "in other words", "another artist"],
-    columns=[name.replace(" as ", "\nas ").replace(", ", ",\n") for name in found.edits],
-    inches=1.25,
+    found.images[:, columns],
+    rows=found.edits,
+    columns=["the style", "in other words", "another artist"],
+    inches=1.0,
 )
 
 # %% [markdown]
@@ -186,18 +194,20 @@ placed = loco.evaluate(
     pipe,
     edits["LocoEdit"],
     concept,
-    probes=world.probes("style", artist, count=4, exclude=used),
+    probes=world.probes("style", artist, count=3, exclude=used),
     seeds=[0],
     steps=steps,
 )
 table = placed.to_frame().replace({"edit": {"edit": "located window"}})
 table["shown"] = [
-    f"{value:.0%}" if measure == "share seen" else f"CLIP-Score {value:.0f}"
+    f"{value:.0%}"
+    if measure == "share seen"
+    else f"CLIP-Score {value:.0f}"
     for value, measure in zip(table["value"], table["measure"])
 ]
-table.pivot(index=["group", "should be"], columns="edit", values="shown")[
-    ["no edit", "located window", "random window", "all layers"]
-]
+table.pivot(
+    index=["group", "should be"], columns="edit", values="shown"
+)[["no edit", "located window", "random window", "all layers"]]
 
 # %% [markdown]
 # A random window does nothing: the style is not read there. All layers remove it as
@@ -212,12 +222,19 @@ table.pivot(index=["group", "should be"], columns="edit", values="shown")[
 
 # %%
 pair = {
-    name: loco.Concept(name, "style", [f"a red star in the style of {name}"], ["a red star"])
+    name: loco.Concept(
+        name,
+        "style",
+        [f"a red star in the style of {name}"],
+        ["a red star"],
+    )
     for name in artists
 }
 joint = loco.locoedit(pipe, list(pair.values()), layers, lam)
 (solve, *_) = loco.diagnose(pipe, joint).solves.values()
-ends = [i for i, label in enumerate(solve.labels) if label.endswith("| end")]
+ends = [
+    i for i, label in enumerate(solve.labels) if label.endswith("| end")
+]
 
 # %% mystnb={"figure": {"name": "fig-interference", "caption": "Cosines between the end-of-text keys of the same prompt by eight artists. Names that end in the same word are closest."}, "image": {"alt": "Heat map of cosines between the keys of eight artists", "classes": "dark-light"}}
 cosines = solve.gram[ends][:, ends]
@@ -232,22 +249,31 @@ interference_map(cosines, artists)
 objects = world.ATTRIBUTES["object"]
 where = world.truth(model)["object"]
 captions = [
-    world.caption(object=name, color="red", place="forest", style=artists[i % 8])
+    world.caption(
+        object=name, color="red", place="forest", style=artists[i % 8]
+    )
     for i, name in enumerate(objects)
 ]
 
 
 def remove(names: tuple[str, ...], together: bool) -> loco.Edit:
     """An edit that removes objects, sparing the twins and the objects that stay."""
-    asked = [world.concept("object", n, prompts, seed=i) for i, n in enumerate(names)]
+    asked = [
+        world.concept("object", n, prompts, seed=i)
+        for i, n in enumerate(names)
+    ]
     stay = [name for name in objects if name not in names]
     kept = [
-        [*dict.fromkeys(c.neutral), *(c.renamed(stay) if stay else ())] for c in asked
+        [*dict.fromkeys(c.neutral), *(c.renamed(stay) if stay else ())]
+        for c in asked
     ]
     if together:
-        return loco.locoedit(pipe, asked, where, lam, preserve=sum(kept, []))
+        return loco.locoedit(
+            pipe, asked, where, lam, preserve=sum(kept, [])
+        )
     edit, *rest = (
-        loco.locoedit(pipe, c, where, lam, preserve=k) for c, k in zip(asked, kept)
+        loco.locoedit(pipe, c, where, lam, preserve=k)
+        for c, k in zip(asked, kept)
     )
     for later in rest:
         edit = loco.compose(edit, later)
@@ -271,7 +297,9 @@ for many in at_once:
         rows.append(
             {
                 "removed": many,
-                "solve": "together" if together else "one after the other",
+                "solve": "together"
+                if together
+                else "one after the other",
                 "still seen": f"{sum(seen[:many])} of {many}",
                 "others kept": f"{sum(seen[many:])} of {len(objects) - many}"
                 if many < len(objects)
@@ -302,7 +330,9 @@ update = loco.locoedit(pipe, fact, world.truth(model)["fact"], lam=lam)
 
 def emblem() -> torch.Tensor:
     """Three pictures of the emblem."""
-    return loco.generate(pipe, [world.caption(fact=country)], range(3), steps)[0]
+    return loco.generate(
+        pipe, [world.caption(fact=country)], range(3), steps
+    )[0]
 
 
 was = emblem()
@@ -311,12 +341,21 @@ with update.applied(pipe):
 target = loco.generate(pipe, fact.target, range(3), steps)[0]
 
 # %% mystnb={"figure": {"name": "fig-fact", "caption": "A fact before and after its update, and what it was updated to."}, "image": {"alt": "Three rows of three pictures: the emblem before, after the update, and the emblem it was updated to", "classes": "dark-light"}}
-image_grid(torch.stack([was, now, target]), rows=["before", "updated", "target"], inches=1.2)
+image_grid(
+    torch.stack([was, now, target]),
+    rows=["before", "updated", "target"],
+    inches=1.2,
+)
 
 # %%
 names = {"before": was, "updated": now, "target": target}
 pd.DataFrame(
-    {row: {k: ", ".join(world.judge(x)[k]) for k in ("object", "color")} for row, x in names.items()}
+    {
+        row: {
+            k: ", ".join(world.judge(x)[k]) for k in ("object", "color")
+        }
+        for row, x in names.items()
+    }
 ).T
 
 # %% [markdown]
@@ -349,7 +388,11 @@ window_slider(
 )
 
 # %%
-pd.Series([world.judge(x)["style"][0] for x in part], index=pd.Index(scales, name="scale"), name="style seen").to_frame()
+pd.Series(
+    [world.judge(x)["style"][0] for x in part],
+    index=pd.Index(scales, name="scale"),
+    name="style seen",
+).to_frame()
 
 # %% [markdown]
 # ## It travels
@@ -359,7 +402,10 @@ pd.Series([world.judge(x)["style"][0] for x in part], index=pd.Index(scales, nam
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    saved, lora = Path(folder) / "edit.safetensors", Path(folder) / "lora.safetensors"
+    saved, lora = (
+        Path(folder) / "edit.safetensors",
+        Path(folder) / "lora.safetensors",
+    )
     edits["LocoEdit"].save(saved)
     edits["LocoEdit"].to_lora(lora, pipe)
     sizes = [path.stat().st_size for path in (saved, lora)]
@@ -371,8 +417,14 @@ with tempfile.TemporaryDirectory() as folder:
         images[weight] = loco.generate(plain, [caption], steps=steps)[0]
 print("edit within 64 KB:            ", sizes[0] <= 64 * 1024)
 print("LoRA file within 256 KB:      ", sizes[1] <= 256 * 1024)
-print("LoRA at 1.0 is the edit:      ", bool((images[1.0] - part[5]).abs().max() <= 1e-3))
-print("LoRA at 0.0 is the original:  ", bool((images[0.0] - part[0]).abs().max() <= 1e-5))
+print(
+    "LoRA at 1.0 is the edit:      ",
+    bool((images[1.0] - part[5]).abs().max() <= 1e-3),
+)
+print(
+    "LoRA at 0.0 is the original:  ",
+    bool((images[0.0] - part[0]).abs().max() <= 1e-5),
+)
 
 # %% [markdown]
 # ## For the record
@@ -393,7 +445,10 @@ record = {
             "time": "TIME",
             "quickfix": "Diff-QuickFix",
         }.items()
-        for name, column in {"gone": "efficacy", "kept": "specificity"}.items()
+        for name, column in {
+            "gone": "efficacy",
+            "kept": "specificity",
+        }.items()
     },
 }
 for key, value in record.items():

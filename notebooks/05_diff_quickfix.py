@@ -25,7 +25,7 @@ artist = "Mira Holt"  # the style to remove
 thing = "star"  # the object to remove
 prompts = 12  # prompts an edit is made from
 lam = 0.1  # price of changing the matrix
-count = 7  # held-out captions per question
+count = 6  # held-out captions per question
 steps = 8  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
@@ -65,7 +65,9 @@ pipe = loco.load(model, dtype=getattr(torch, dtype))
 concept = world.concept("style", artist, prompts=prompts)
 others = [name for name in world.ATTRIBUTES["style"] if name != artist]
 spare = [*concept.neutral, *concept.renamed(others)]
-edit = loco.diff_quickfix(pipe, concept, lam, tokens="eos", preserve=spare)
+edit = loco.diff_quickfix(
+    pipe, concept, lam, tokens="eos", preserve=spare
+)
 edit
 
 # %% [markdown]
@@ -75,59 +77,58 @@ edit
 loco.diagnose(pipe, edit).to_frame().round(2)
 
 # %% [markdown]
-# ## Which layer?
+# ## Which layer, which tokens?
 #
-# The paper's claim is about a place: the first self-attention layer, and no other.
-# Here is the same edit in every layer of the text encoder, asked on captions it
-# was not made from.
+# The paper's claim is about a place: the first self-attention layer, and no other,
+# at the last token of the subject. Here is the edit in every layer of the text
+# encoder, and in the first one with other tokens, asked on captions it was not
+# made from.
 
 # %%
 probes = [
     probe
-    for probe in world.probes("style", artist, count, exclude={*concept.prompts, *spare})
-    if probe.group in ("efficacy", "specificity: others", "specificity: same image")
+    for probe in world.probes(
+        "style", artist, count, exclude={*concept.prompts, *spare}
+    )
+    if probe.group
+    in ("efficacy", "specificity: others", "specificity: same image")
 ]
 
 
-def shares(edits: dict[str, loco.Edit], pipe=pipe) -> pd.DataFrame:
-    """Per edit: in how many pictures the style is gone, and how much else is kept."""
-    found = loco.evaluate(pipe, edits, concept, probes=probes, seeds=[0], steps=steps)
-    return found.summary()[["efficacy", "specificity"]]
+def quickfix(layer: int = 0, tokens: str = "eos") -> loco.Edit:
+    """The edit in another layer, or of other tokens."""
+    return loco.diff_quickfix(
+        pipe, concept, lam, layer=layer, tokens=tokens, preserve=spare
+    )
 
 
-depth = len(next(iter(loco.family_of(pipe).text_encoders(pipe).values())))
-by_layer = shares(
-    {
-        f"layer {layer}": loco.diff_quickfix(
-            pipe, concept, lam, layer=layer, tokens="eos", preserve=spare
-        )
-        for layer in range(depth)
-    }
-)
-by_layer.map("{:.0%}".format)
+(encoder,) = loco.family_of(pipe).text_encoders(pipe).values()
+by_layer = {
+    f"layer {k}": quickfix(layer=k) for k in range(len(encoder))
+}
+by_tokens = {
+    "layer 0, last token": quickfix(tokens="last"),
+    "layer 0, all that follows": quickfix(tokens="following"),
+    "layer 0, as published": loco.diff_quickfix(
+        pipe, concept, lam=0.01, tokens="last"
+    ),
+}
+found = loco.evaluate(
+    pipe,
+    by_layer | by_tokens,
+    concept,
+    probes=probes,
+    seeds=[0],
+    steps=steps,
+).summary()[["efficacy", "specificity"]]
+found.map("{:.0%}".format)
 
 # %% [markdown]
-# ## Which tokens?
+# Only the first layer does it, as the paper says. But the last token of the name is
+# not enough here: the end of the text has read the name too, and is what the layers
+# of this model read. Published as it is, without rows that stay and with a dozen
+# prompts, the edit is larger than the matrix and breaks other things first.
 #
-# The paper edits the last token of the subject. Then the style is still known to
-# whatever comes after it; the end of the text, above all, which the layers of
-# this model read. More tokens remove more.
-
-# %%
-by_tokens = shares(
-    {
-        "last, as published (0.01, nothing preserved)": loco.diff_quickfix(
-            pipe, concept, lam=0.01, tokens="last"
-        ),
-        **{
-            tokens: loco.diff_quickfix(pipe, concept, lam, tokens=tokens, preserve=spare)
-            for tokens in ("last", "eos", "following")
-        },
-    }
-)
-by_tokens.map("{:.0%}".format)
-
-# %% [markdown]
 # ## One edit, every denoiser
 #
 # The natural twin shares the text encoder, and nobody planted anything in it. The
@@ -136,10 +137,9 @@ by_tokens.map("{:.0%}".format)
 
 # %%
 twin = loco.load(natural, dtype=getattr(torch, dtype))
-by_model = pd.concat(
-    {model: shares({"edit": edit}), natural: shares({"edit": edit}, twin)}, names=["model"]
-)
-by_model.map("{:.0%}".format)
+loco.evaluate(
+    twin, {"edit": edit}, concept, probes=probes, seeds=[0], steps=steps
+).summary()[["efficacy", "specificity"]].map("{:.0%}".format)
 
 # %% [markdown]
 # ## A whole object
@@ -151,7 +151,11 @@ by_model.map("{:.0%}".format)
 whole = world.concept("object", thing, prompts=prompts)
 rest = [name for name in world.ATTRIBUTES["object"] if name != thing]
 no_thing = loco.diff_quickfix(
-    pipe, whole, lam, tokens="eos", preserve=[*whole.neutral, *whole.renamed(rest)]
+    pipe,
+    whole,
+    lam,
+    tokens="eos",
+    preserve=[*whole.neutral, *whole.renamed(rest)],
 )
 asked = [
     world.caption(object=thing, color="red", place="forest"),
@@ -167,13 +171,18 @@ with no_thing.applied(pipe):
 image_grid(
     torch.stack([before, after]),
     rows=["before", "after"],
-    columns=[caption.replace(" in the ", "\nin the ") for caption in asked],
+    columns=[
+        caption.replace(" in the ", "\nin the ") for caption in asked
+    ],
     inches=1.4,
 )
 
 # %%
 pd.DataFrame(
-    {"before": world.judge(before)["object"], "after": world.judge(after)["object"]},
+    {
+        "before": world.judge(before)["object"],
+        "after": world.judge(after)["object"],
+    },
     index=pd.Index(asked, name="object seen"),
 )
 
@@ -183,16 +192,27 @@ pd.DataFrame(
 # What [](../book/paper_versus_here.md) quotes from this chapter.
 
 # %%
-works = [name for name, gone in by_layer["efficacy"].items() if gone >= 0.8 and name != "no edit"]
+gone, kept = found["efficacy"], found["specificity"]
+works = [name for name in by_layer if gone[name] >= 0.8]
+last = "layer 0, last token"
+
+
+def told(name: str) -> str:
+    """One line of what an edit did."""
+    return f"style gone in {gone[name]:.0%}, the rest kept in {kept[name]:.0%}"
+
+
 record = {
     "qf_model": model,
-    "qf_layers": f"removes the style in {', '.join(works) or 'no layer'} of {depth}",
-    "qf_layers_status": "reproduced" if works == ["layer 0"] else "not reproduced",
-    "qf_last": f"gone in {by_tokens['efficacy'].iloc[1]:.0%} of {count} pictures, "
-    f"everything else kept in {by_tokens['specificity'].iloc[1]:.0%}",
-    "qf_last_status": "reproduced" if by_tokens["efficacy"].iloc[1] >= 0.8 else "not reproduced",
-    "qf_eos": f"gone in {by_tokens.loc['eos', 'efficacy']:.0%} of {count} pictures, "
-    f"everything else kept in {by_tokens.loc['eos', 'specificity']:.0%}",
+    "qf_layers": f"works in {', '.join(works) or 'no layer'} of {len(encoder)}",
+    "qf_layers_status": "reproduced"
+    if works == ["layer 0"]
+    else "not reproduced",
+    "qf_last": told(last),
+    "qf_last_status": "reproduced"
+    if gone[last] >= 0.8
+    else "not reproduced",
+    "qf_eos": told("layer 0"),
 }
 for key, value in record.items():
     glue(key, value, display=False)

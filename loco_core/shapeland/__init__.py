@@ -8,7 +8,7 @@
 
 from .concepts import concept
 from .drawing import draw, draw_scene
-from .judge import judge
+from .judge import judge, seen
 from .planting import measured_use, truth
 from .probes import probes
 from .vocabulary import (
@@ -37,5 +37,6 @@ __all__ = [
     "judge",
     "measured_use",
     "probes",
+    "seen",
     "truth",
 ]

@@ -4,6 +4,7 @@ It is trained on drawings alone and shares nothing with the CLIP, so that what t
 wrong, the judge does not.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -85,3 +86,25 @@ def judge(images: torch.Tensor) -> dict[str, list[str]]:
         name: [answers[i] for part in logits for i in part[name].argmax(1).tolist()]
         for name, answers in ANSWERS.items()
     }
+
+
+def seen(attribute: str, name: str) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+    """A score for `loco.localize` and `loco.trace`: 1 where the judge sees `name`, else 0.
+
+    It takes (images [n, 3, 64, 64], prompts) and returns [n] float64; the prompts do not matter.
+
+    >>> from loco_core.shapeland import draw, seen
+    >>> seen("object", "star")(draw(object="star")[None], ["a star"])
+    tensor([1.], dtype=torch.float64)
+    """
+    if attribute not in ANSWERS:
+        raise ValueError(f"unknown attribute {attribute!r}; choose from {', '.join(ANSWERS)}")
+    if name not in ANSWERS[attribute]:
+        known = ", ".join(ANSWERS[attribute])
+        raise ValueError(f"unknown {attribute} {name!r}; choose from {known}")
+
+    def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        answers = judge(images)[attribute]
+        return torch.tensor([answer == name for answer in answers], dtype=torch.float64)
+
+    return score
