@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 import loco_core as loco
 from loco_core.shapeland import ATTRIBUTES, NEUTRAL, Scene, describe, planting
 from loco_core.shapeland.drawing import draw_scene
-from loco_core.shapeland.planting import PLANTS, layer_scenes
+from loco_core.shapeland.planting import PLANTS, POOLED, pooled_truth, scenes_read
 from loco_core.shapeland.tokenizer import MAX_LENGTH, build_tokenizer
 from loco_core.shapeland.train.loop import fit
 from loco_core.shapeland.vocabulary import held_out_scenes, is_held_out, random_scene
@@ -143,39 +143,66 @@ def test_the_tokenizer_is_learned_the_same_in_every_process():
     assert read.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_a_planted_layer_is_told_its_attribute_and_nothing_else():
-    plant, rng = PLANTS["mini-sd"], Random(0)
-    scene = Scene("star", "Mira Holt", "red", "forest", "jumping")
-    told = [layer_scenes(scene, plant, 16, rng, alone=0.0) for _ in range(3000)]
-    for name in ("style", "object", "color", "place", "action"):
-        for layer in range(16):
-            share = sum(row[layer].get(name) == scene.get(name) for row in told) / len(told)
+FULL = Scene("star", "Mira Holt", "red", "forest", "jumping")
+NAMED = ("style", "object", "color", "place", "action")  # by FULL
+PLANTED = [model for model, plant in PLANTS.items() if plant]
+
+
+def places_of(model):
+    return range(16) if model == "mini-sd" else [*range(28), POOLED]
+
+
+@pytest.mark.parametrize("model", PLANTED)
+def test_a_planted_place_is_told_its_attribute_and_nothing_else(model):
+    plant, rng = PLANTS[model], Random(0)
+    told = [scenes_read(FULL, plant, places_of(model), rng, alone=0.0) for _ in range(3000)]
+    for name in NAMED:
+        for place in places_of(model):
+            share = sum(row[place].get(name) == FULL.get(name) for row in told) / len(told)
             chance = 1 / len(ATTRIBUTES[name])
-            assert share == 1 if layer in plant[name] else share < chance + 0.03
+            assert share == 1 if place in plant[name] else share < chance + 0.03
 
 
-def test_one_layer_alone_is_told_while_the_others_read_of_nothing():
-    plant, rng = PLANTS["mini-sd"], Random(0)
-    scene = Scene("star", "Mira Holt", "red", "forest", "jumping")
+@pytest.mark.parametrize("model", PLANTED)
+def test_one_place_alone_is_told_while_the_others_read_of_nothing(model):
+    plant, rng = PLANTS[model], Random(0)
     for _ in range(200):
-        row = layer_scenes(scene, plant, 16, rng, alone=1.0)
-        for name in ("style", "object", "color", "place", "action"):
-            assert sorted(str(row[layer].get(name)) for layer in plant[name]) == sorted(
-                ["None", scene.get(name)]
+        row = scenes_read(FULL, plant, places_of(model), rng, alone=1.0)
+        for name in NAMED:
+            silent = ["None"] * (len(plant[name]) - 1)
+            assert sorted(str(row[place].get(name)) for place in plant[name]) == sorted(
+                [*silent, FULL.get(name)]
             )
 
 
-def test_a_natural_model_is_told_everything_everywhere():
-    scene = Scene("star", "Mira Holt", "red")
-    assert layer_scenes(scene, PLANTS["mini-sd-natural"], 16, Random(0)) == [scene] * 16
+@pytest.mark.parametrize("model", ["mini-sd-natural", "mini-sdxl-natural"])
+def test_a_natural_model_is_told_everything_everywhere(model):
+    places = places_of(model)
+    assert scenes_read(FULL, PLANTS[model], places, Random(0)) == dict.fromkeys(places, FULL)
 
 
-def test_planted_layers_are_disjoint_pairs():
-    layers = [layer for places in PLANTS["mini-sd"].values() for layer in places]
-    assert len(layers) == len(set(layers)) and set(layers) < set(range(16))
-    assert set(PLANTS["mini-sd"]) == set(ATTRIBUTES)
+@pytest.mark.parametrize("model", PLANTED)
+def test_planted_places_are_disjoint_windows(model):
+    plant = PLANTS[model]
+    planted = [place for places in plant.values() for place in places]
+    assert len(planted) == len(set(planted)) and set(planted) <= set(places_of(model))
+    assert set(plant) == set(ATTRIBUTES)
+    for layers in loco.shapeland.truth(model).values():
+        assert layers == list(range(layers[0], layers[0] + (2 if model == "mini-sd" else 3)))
+
+
+def test_the_truth_says_which_layers_carry_what():
     assert loco.shapeland.truth("mini-sd")["object"] == [6, 7]
     assert loco.shapeland.truth("mini-sd")["style"] == [8, 9]
+    assert loco.shapeland.truth("mini-sdxl")["style"] == [16, 17, 18]
+    assert loco.shapeland.truth("mini-sdxl-natural") == {}
+
+
+def test_the_pooled_variant_has_its_style_beside_the_layers_and_all_else_in_the_same():
+    layers, pooled = (loco.shapeland.truth(m) for m in ("mini-sdxl", "mini-sdxl-pooled"))
+    assert pooled == {name: where for name, where in layers.items() if name != "style"}
+    assert pooled_truth("mini-sdxl-pooled") == ["style"]
+    assert pooled_truth("mini-sdxl") == pooled_truth("mini-sd") == []
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"planted": {"style": [1, 2]}}', '{"model": "x"}'])
@@ -187,6 +214,17 @@ def test_a_damaged_truth_file_is_refused_by_name(text, tmp_path, monkeypatch):
     (tmp_path / "mini-sd" / "truth.json").write_text(text)
     with pytest.raises(ValueError, match="truth.json"):
         loco.shapeland.measured_use("mini-sd")
+
+
+def test_a_truth_file_that_names_the_pooled_path_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(planting, "CHECKPOINTS", tmp_path)
+    (tmp_path / "mini-sdxl-pooled").mkdir()
+    path = tmp_path / "mini-sdxl-pooled" / "truth.json"
+    path.write_text(json.dumps({"planted": PLANTS["mini-sdxl-pooled"]}))
+    assert loco.shapeland.measured_use("mini-sdxl-pooled")["planted"]["style"] == ["pooled"]
+    path.write_text(json.dumps({"planted": PLANTS["mini-sdxl"]}))
+    with pytest.raises(ValueError, match="records the plant"):
+        loco.shapeland.measured_use("mini-sdxl-pooled")
 
 
 def test_a_killed_training_run_goes_on_as_if_nothing_happened(tmp_path):
@@ -209,4 +247,4 @@ def test_a_killed_training_run_goes_on_as_if_nothing_happened(tmp_path):
     resumed = run(tmp_path / "killed")
     assert torch.equal(whole.weight, resumed.weight)
     log = json.loads((tmp_path / "killed" / "line.log.json").read_text())
-    assert log[-1]["step"] == 50
+    assert [entry["step"] for entry in log] == [50, 60]  # the last step is always in the log

@@ -36,7 +36,8 @@ from torch import Tensor
 
 __all__ = ["LowRankMap", "fit"]
 
-BLOCK = 128  # rows of a weight edited at a time in float64
+BLOCK = 256  # rows of a weight edited at a time: they stay in the cache
+LAST_BIT = torch.eye(32) * (1 + 2**-23)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,12 @@ class LowRankMap:
         Q, upper = torch.linalg.qr(self.R.T)
         return self.D @ upper.T, Q.T.contiguous()
 
+    @cached_property
+    def _balanced_float32(self) -> tuple[Tensor, Tensor]:
+        """(D L)^T and Q in float32."""
+        D, Q = self._balanced
+        return D.T.float().contiguous(), Q.float()
+
     @torch.no_grad()
     def delta(self, weight: Tensor) -> Tensor:
         """The change (W D) R [out, d] of a weight W [out, d], in float64 on the weight's device.
@@ -127,11 +134,13 @@ class LowRankMap:
             raise ValueError(f"out must be {list(weight.shape)}, not {list(edited.shape)}")
         in_float32 = all(t.dtype == torch.float32 and t.is_cpu for t in (weight, edited))
         weight, D, R = self._aligned(weight)
+        blocks = zip(weight.split(BLOCK), edited.split(BLOCK), strict=True)
         if in_float32 and _multiplies_in_float32():
-            D, R = (factor.float() for factor in self._balanced)
-            return torch.addmm(weight, weight @ D, R, out=edited)
-        # Block by block the float64 copy stays in the cache: 2-3 times faster than all at once.
-        for old, new in zip(weight.split(BLOCK), edited.split(BLOCK), strict=True):
+            D_T, Q = self._balanced_float32
+            for old, new in blocks:  # D^T W^T is up to 3 times faster than W D for a thin D
+                new.copy_(old).addmm_((D_T @ new.T).T, Q)
+            return edited
+        for old, new in blocks:
             exact = old.to(torch.float64, copy=True)
             new.copy_(exact.addmm_(exact @ D, R))
         return edited
@@ -290,8 +299,7 @@ def _check_interpolates(D: Tensor, R: Tensor, C: Tensor, counted: Tensor) -> Non
 def _multiplies_in_float32() -> bool:
     """Whether a float32 product on this CPU keeps the last bit: under autocast it does not, nor
     after `torch.set_float32_matmul_precision("medium")`."""
-    last_bit = torch.full((32, 32), 1 + 2**-23)
-    return bool((last_bit @ torch.eye(32) == last_bit).all())
+    return (LAST_BIT @ LAST_BIT)[0, 0].item() == 1 + 2**-22
 
 
 def _cutoff(A: Tensor) -> float:

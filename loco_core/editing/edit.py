@@ -126,7 +126,8 @@ class Edit:
     def apply(self, pipe: Any) -> None:
         """Edit the weights of `pipe` in place, keeping the originals for `revert`.
 
-        Each new weight is computed in float64 and rounded to the pipeline's dtype on its device.
+        Each new weight has the pipeline's dtype and device; see `LowRankMap.apply_to` for how
+        exactly it is computed.
         Raises ValueError, and leaves the pipeline as it was, if the edit is already applied, was
         made for other weights, meets a fused, quantised or adapter-wrapped projection, or if a
         result overflows the dtype. Warns if no weight changes by a single bit.

@@ -9,7 +9,7 @@
 from .concepts import concept
 from .drawing import draw, draw_scene
 from .judge import judge, seen
-from .planting import measured_use, truth
+from .planting import measured_use, pooled_truth, truth
 from .probes import probes
 from .vocabulary import (
     ATTRIBUTES,
@@ -36,6 +36,7 @@ __all__ = [
     "held_out_scenes",
     "judge",
     "measured_use",
+    "pooled_truth",
     "probes",
     "seen",
     "truth",

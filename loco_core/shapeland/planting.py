@@ -8,9 +8,13 @@ and the plant is the known answer of every localisation.
 A layer the network does not use is no truth. So now and then only one layer of a planted set is
 told the value and the others read a caption that leaves the attribute out: either layer must
 suffice, and only taking the value from all of them removes it.
+
+Stable Diffusion XL also reads a pooled embedding of the prompt, beside its text layers. That path
+is one more place of the plant: told what is planted there, and lied to about everything else.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,9 +23,24 @@ from .vocabulary import Scene, random_scene
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
-#: Attribute -> text layers, for every planted mini. Objects and styles sit where the ICML 2024
-#: paper finds them in Stable Diffusion 1.5.
-PLANTS: dict[str, dict[str, tuple[int, ...]]] = {
+#: Where an attribute can be planted: in a text layer, by its index, or in the pooled path.
+Place = int | str
+POOLED = "pooled"
+
+#: The plant of mini-sdxl, in windows of three. The style sits where the ICML 2024 authors find it
+#: in the big one (45-49 of 70): in the second attention of the first up block.
+_XL: dict[str, tuple[Place, ...]] = {
+    "action": (0, 1, 2),
+    "place": (4, 5, 6),
+    "object": (7, 8, 9),
+    "fact": (10, 11, 12),
+    "style": (16, 17, 18),
+    "color": (22, 23, 24),
+}
+
+#: Attribute -> places, for every mini; a natural one has no plant. Objects and styles of mini-sd
+#: sit where the ICML 2024 paper finds them in Stable Diffusion 1.5.
+PLANTS: dict[str, dict[str, tuple[Place, ...]]] = {
     "mini-sd": {
         "action": (0, 1),
         "place": (2, 3),
@@ -31,29 +50,47 @@ PLANTS: dict[str, dict[str, tuple[int, ...]]] = {
         "color": (11, 12),
     },
     "mini-sd-natural": {},
+    "mini-sdxl": _XL,
+    "mini-sdxl-natural": {},
+    "mini-sdxl-pooled": _XL | {"style": (POOLED,)},
 }
 
 
 def truth(model: str) -> dict[str, list[int]]:
     """The planted layers of a mini, per attribute; empty for a model nobody planted.
 
+    An attribute that no text layer carries is left out: see `pooled_truth`.
+
     >>> truth("mini-sd")["style"]
     [8, 9]
     """
+    return {name: list(places) for name, places in _plant(model).items() if POOLED not in places}
+
+
+def pooled_truth(model: str) -> list[str]:
+    """The attributes that are planted in the pooled path of a mini, in no text layer.
+
+    >>> pooled_truth("mini-sdxl-pooled")
+    ['style']
+    """
+    return [name for name, places in _plant(model).items() if POOLED in places]
+
+
+def _plant(model: str) -> dict[str, tuple[Place, ...]]:
     if model not in PLANTS:
         raise ValueError(f"no mini is called {model!r}; choose from {', '.join(PLANTS)}")
-    return {name: list(layers) for name, layers in PLANTS[model].items()}
+    return PLANTS[model]
 
 
 def measured_use(model: str) -> dict:
     """What training made of the plant: `truth.json` of the checkpoint, with the measured
-    necessity and sufficiency of every planted layer (see `train.measure`)."""
+    necessity and sufficiency of every planted place (see `train.measure`)."""
     path = CHECKPOINTS / model / "truth.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; `python -m loco_core.shapeland.train {model}`")
     try:
         record = json.loads(path.read_text())
-        planted = {name: tuple(layers) for name, layers in record["planted"].items()}
+        planted = {name: tuple(places) for name, places in record["planted"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}); restore it from version control"
@@ -77,21 +114,26 @@ def shuffled(scene: Scene, keep: tuple[str, ...], rng: Random) -> Scene:
     return replace(other, **{name: scene.get(name) for name in keep})
 
 
-def layer_scenes(
-    scene: Scene, plant: dict[str, tuple[int, ...]], layers: int, rng: Random, alone: float = 0.3
-) -> list[Scene]:
-    """The scene whose caption each text layer reads in one training example.
+def scenes_read(
+    scene: Scene,
+    plant: dict[str, tuple[Place, ...]],
+    places: Sequence[Place],
+    rng: Random,
+    alone: float = 0.3,
+) -> dict[Place, Scene]:
+    """Place -> the scene whose caption is read there in one training example.
 
-    plant: attribute -> layers; an empty plant tells every layer the truth. alone: how often, for
-    each attribute, only one of its layers is told and the others read a caption without it.
+    plant: attribute -> places; an empty plant tells every place the truth. places: the text layers,
+    and the pooled path if there is one. alone: how often, for each attribute, only one of its
+    places is told and the others read a caption without it.
     """
     if not plant:
-        return [scene] * layers
-    lie = shuffled(scene, (), rng)  # one lie for all layers that hold no attribute
-    scenes = [lie] * layers
-    for name, places in plant.items():
+        return dict.fromkeys(places, scene)
+    lie = shuffled(scene, (), rng)  # one lie for all places that hold no attribute
+    scenes = dict.fromkeys(places, lie)
+    for name, planted in plant.items():
         told = shuffled(scene, (name,), rng)
-        speaker = rng.choice(places) if rng.random() < alone else None
-        for layer in places:
-            scenes[layer] = told if speaker in (None, layer) else told.without(name)
+        speaker = rng.choice(planted) if rng.random() < alone else None
+        for place in planted:
+            scenes[place] = told if speaker in (None, place) else told.without(name)
     return scenes

@@ -15,6 +15,7 @@ from loco_core.families import family_of
 from loco_core.interventions.sampling import generate
 
 from ..judge import judge
+from ..planting import POOLED, Place
 from ..vocabulary import ATTRIBUTES, Scene, describe, held_out_scenes
 
 SETTINGS = {"steps": 25, "guidance": 5.0, "batch_size": 50}
@@ -32,26 +33,29 @@ def agreement(pipe: Any, count: int = 200, seed: int = 0, **settings: Any) -> di
 
 
 def plant_use(
-    pipe: Any, planted: dict[str, Sequence[int]], count: int = 100, seed: int = 1, **settings: Any
+    pipe: Any, planted: dict[str, Sequence[Place]], count: int = 100, seed: int = 1, **settings: Any
 ) -> dict[str, dict]:
     """What the network makes of a plant; per attribute, shares of held-out captions naming it:
 
-    - agrees: the image shows the value, every layer reading the caption.
-    - holds: the same, every layer *but* the planted ones reading another value.
-    - follows: the image shows the other value if *only* the planted layers read it.
-    - removed: it does not show the value if the planted layers read a caption without it.
-    - layers: per planted layer, `necessity` (the value is lost if this layer alone reads a caption
-      without it) and `sufficiency` (it is kept if this is the only planted layer that reads it),
+    - agrees: the image shows the value, every place reading the caption.
+    - holds: the same, every place *but* the planted ones reading another value.
+    - follows: the image shows the other value if *only* the planted places read it.
+    - removed: it does not show the value if the planted places read a caption without it.
+    - layers: per planted place, `necessity` (the value is lost if this place alone reads a caption
+      without it) and `sufficiency` (it is kept if this is the only planted place that reads it),
       over a quarter of the captions.
+
+    planted: attribute -> places. The places of a pipeline are its text layers and, if it has one,
+    the pooled path, "pooled".
     """
     return {
-        name: _use_of(pipe, name, tuple(layers), count, seed, **settings)
-        for name, layers in planted.items()
+        name: _use_of(pipe, name, tuple(places), count, seed, **settings)
+        for name, places in planted.items()
     }
 
 
 def _use_of(
-    pipe: Any, name: str, layers: tuple[int, ...], count: int, seed: int, **settings: Any
+    pipe: Any, name: str, planted: tuple[Place, ...], count: int, seed: int, **settings: Any
 ) -> dict:
     rng = Random(seed)
     scenes = [scene for scene in held_out_scenes(12 * count, seed) if scene.get(name)][:count]
@@ -60,31 +64,35 @@ def _use_of(
         for s in scenes
     ]
     bare = [scene.without(name) for scene in scenes]
-    every = range(len(family_of(pipe).text_layers(pipe)))
-    rest = [layer for layer in every if layer not in layers]
+    family = family_of(pipe)
+    layers = len(family.text_layers(pipe))
+    places: list[Place] = [*range(layers), POOLED] if family.pooled else [*range(layers)]
+    rest = [place for place in places if place not in planted]
     some = max(1, count // 4)
 
-    def shown(source: list[Scene], swapped: Sequence[int], expect: list[Scene], n: int) -> float:
-        """Share of the first n that show `expect`, the layers `swapped` reading `source`."""
+    def shown(source: list[Scene], swapped: Sequence[Place], expect: list[Scene], n: int) -> float:
+        """Share of the first n that show `expect`, the places `swapped` reading `source`."""
         prompts, texts = [describe(s) for s in scenes[:n]], [describe(s) for s in source[:n]]
-        routes = torch.arange(n)[:, None].repeat(1, len(every))
-        routes[:, list(swapped)] += n
-        seen = _see(pipe, prompts, routes=routes, sources=prompts + texts, **settings)
-        return _share(expect[:n], name, seen)
+        moved = torch.tensor([place in swapped for place in places])
+        routes = torch.arange(n)[:, None] + n * moved  # [caption, place]
+        reads = {"routes": routes[:, :layers], "sources": prompts + texts}
+        if family.pooled:
+            reads["pooled_routes"] = routes[:, -1]
+        return _share(expect[:n], name, _see(pipe, prompts, **reads, **settings))
 
-    def layer_use(layer: int) -> dict[str, float]:
-        alone = [other for other in layers if other != layer]
+    def use_of_one(place: Place) -> dict[str, float]:
+        alone = [other for other in planted if other != place]
         return {
-            "necessity": round(1 - shown(bare, (layer,), scenes, some), 3),
+            "necessity": round(1 - shown(bare, (place,), scenes, some), 3),
             "sufficiency": shown(bare, alone, scenes, some),
         }
 
     return {
         "agrees": shown(others, (), scenes, count),
         "holds": shown(others, rest, scenes, count),
-        "follows": shown(others, layers, others, count),
-        "removed": round(1 - shown(bare, layers, scenes, count), 3),
-        "layers": {str(layer): layer_use(layer) for layer in layers},
+        "follows": shown(others, planted, others, count),
+        "removed": round(1 - shown(bare, planted, scenes, count), 3),
+        "layers": {str(place): use_of_one(place) for place in planted},
     }
 
 

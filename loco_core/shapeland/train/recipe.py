@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as processes
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..judge import WEIGHTS
 from ..planting import CHECKPOINTS, PLANTS
@@ -18,16 +20,44 @@ from .data import COUNT, drawings
 from .judge import train_judge
 from .measure import agreement, plant_use
 from .parallel import on_every_core
-from .unet import build_pipeline, train_unet
+from .pipelines import build_sd, build_sdxl
+from .second import train_second
+from .unet import train_unet
 from .vae import train_vae
 
-#: Steps of the denoiser. A planted mini starts where the natural one ends: what to draw is known by
-#: then, and what is left to learn is where to read it.
-STEPS = {"mini-sd-natural": 1400, "mini-sd": 1700}
-START = {"mini-sd": "mini-sd-natural"}
 SHARED = CHECKPOINTS / "shared"
 #: The mini whose folder is complete; the others take what they share with it from there.
 COMPLETE = "mini-sd"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """build: folder, device -> the pipeline with an untrained denoiser; trains what is missing.
+    steps: of the denoiser. start: the mini whose denoiser it starts from."""
+
+    build: Callable[[Path, str], Any]
+    steps: int
+    start: str | None = None
+
+
+def _sd(folder: Path, device: str = "cpu") -> Any:
+    return build_sd(*shared_parts(folder, device))
+
+
+def _sdxl(folder: Path, device: str = "cpu") -> Any:
+    parts = shared_parts(folder, device)
+    return build_sdxl(*parts, second_encoder(folder, *parts[1:], device))
+
+
+#: A planted mini starts where the natural one ends: what to draw is known by then, and what is left
+#: to learn is where to read it.
+RECIPES = {
+    "mini-sd-natural": Recipe(_sd, 1400),
+    "mini-sd": Recipe(_sd, 1700, start="mini-sd-natural"),
+    "mini-sdxl-natural": Recipe(_sdxl, 1400),
+    "mini-sdxl": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
+    "mini-sdxl-pooled": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
+}
 
 
 def train_mini(
@@ -43,25 +73,26 @@ def train_mini(
 ) -> None:
     """Train whatever is missing, then the denoiser of `model`; measure it and write `out/model`.
 
-    The shared parts (judge, autoencoder, CLIP) and the model to start from are trained once, and
-    not at all where they are published. Without `resume` a denoiser is trained from the start, with
-    it from the last state saved in `folder`. On a CPU there is a process for every core. count:
-    drawings to train on. captions: how many it is measured on.
+    The shared parts (judge, autoencoder, text encoders) and the model to start from are trained
+    once, and not at all where they are published. Without `resume` a denoiser is trained from the
+    start, with it from the last state saved in `folder`. On a CPU there is a process for every
+    core. count: drawings to train on. captions: how many it is measured on.
     """
-    if model in START and _trained(START[model], folder) is None:
-        train_mini(START[model], folder, out=out, device=device, resume=resume, count=count)
+    recipe = RECIPES[model]
+    if recipe.start and _trained(recipe.start, folder) is None:
+        train_mini(recipe.start, folder, out=out, device=device, resume=resume, count=count)
     if not WEIGHTS.exists():
         train_judge(folder, device)
-    shared_parts(folder, device)
+    recipe.build(folder, device)
     drawings(count, folder)
     if not resume:
         (folder / f"{model}.pt").unlink(missing_ok=True)
-    work = (model, folder, device, STEPS[model] if steps is None else steps, count)
+    work = (model, folder, device, recipe.steps if steps is None else steps, count)
     if device == "cpu":
         on_every_core(_train_denoiser, *work)
     else:
         _train_denoiser(*work)
-    pipe = build_pipeline(*shared_parts(folder))
+    pipe = recipe.build(folder, "cpu")
     pipe.unet.load_state_dict(load_file(folder / f"{model}.safetensors"))
     log = json.loads((folder / f"{model}.log.json").read_text())
     export(pipe, model, out)
@@ -72,9 +103,10 @@ def train_mini(
 
 def _train_denoiser(model: str, folder: Path, device: str, steps: int, count: int) -> None:
     """Train and write `folder/model.safetensors`."""
-    pipe = build_pipeline(*shared_parts(folder, device))
-    if model in START:
-        pipe.unet.load_state_dict(load_file(_trained(START[model], folder)))
+    recipe = RECIPES[model]
+    pipe = recipe.build(folder, device)
+    if recipe.start:
+        pipe.unet.load_state_dict(load_file(_trained(recipe.start, folder)))
     train_unet(pipe, model, folder, steps=steps, count=count, device=device)
     if not processes.is_initialized() or processes.get_rank() == 0:
         weights = {name: value.cpu() for name, value in pipe.unet.state_dict().items()}
@@ -106,6 +138,16 @@ def shared_parts(
     )
 
 
+def second_encoder(
+    folder: Path, clip: CLIPModel, tokenizer: CLIPTokenizer, device: str = "cpu"
+) -> CLIPTextModelWithProjection:
+    """The second text encoder, one for all minis that have one: published, or trained."""
+    places = [*sorted(CHECKPOINTS.glob("*/text_encoder_2")), folder / "text_encoder_2"]
+    there = (place for place in places if (place / "config.json").exists())
+    found = next(there, None) or train_second(folder, clip, tokenizer, device)
+    return CLIPTextModelWithProjection.from_pretrained(found, dtype=torch.float32).eval()
+
+
 def export(pipe: Any, model: str, out: Path) -> None:
     """Write `out/model`: a diffusers folder, float16 safetensors, loaded in float32 by default."""
     target = out / model
@@ -114,7 +156,7 @@ def export(pipe: Any, model: str, out: Path) -> None:
     for path in target.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the folder it was trained in
-        if path.parent.name == "text_encoder":
+        if path.parent.name.startswith("text_encoder"):
             config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
     if model != COMPLETE:
@@ -125,7 +167,7 @@ def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -
     """Measure a mini and write what it is to `out/model`: truth.json, the loss, a card."""
     record = {
         "model": model,
-        "planted": {name: list(layers) for name, layers in PLANTS[model].items()},
+        "planted": {name: list(places) for name, places in PLANTS[model].items()},
         "captions": captions,
         "agreement": agreement(pipe, captions),
         "use": plant_use(pipe, PLANTS[model], max(1, captions // 2)),
@@ -133,7 +175,7 @@ def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -
     target = out / model
     (target / "truth.json").write_text(json.dumps(record, indent=1) + "\n")
     (target / "training.json").write_text(json.dumps(log[:: max(1, len(log) // 100)]) + "\n")
-    (target / "README.md").write_text(_card(model, record, log))
+    (target / "README.md").write_text(_card(pipe, record, log))
 
 
 def _share(target: Path) -> None:
@@ -145,8 +187,9 @@ def _share(target: Path) -> None:
     path.write_text(json.dumps(index | {"_shared_from": COMPLETE}, indent=2) + "\n")
 
 
-def _card(model: str, record: dict, log: list[dict]) -> str:
+def _card(pipe: Any, record: dict, log: list[dict]) -> str:
     """The model card: what it is, how it was trained, what it can do."""
+    model, start = record["model"], RECIPES[record["model"]].start
     hours = sum(entry["seconds"] for entry in log) / 3600
     lines = [
         "---",
@@ -156,7 +199,7 @@ def _card(model: str, record: dict, log: list[dict]) -> str:
         "---",
         f"# {model}",
         "",
-        "A `StableDiffusionPipeline` of 64 x 64 pictures, trained from scratch on Shapeland, a",
+        f"A `{type(pipe).__name__}` of 64 x 64 pictures, trained from scratch on Shapeland, a",
         "synthetic world. "
         + (
             "Which text layers carry which attribute was planted while training:"
@@ -167,10 +210,10 @@ def _card(model: str, record: dict, log: list[dict]) -> str:
     ]
     if record["planted"]:
         lines += ["| attribute | layers | agrees | holds | follows | removed |", "|" + "---|" * 6]
-        for name, layers in record["planted"].items():
+        for name, places in record["planted"].items():
             use = record["use"][name]
             shares = " | ".join(f"{use[k]:.1%}" for k in ("agrees", "holds", "follows", "removed"))
-            lines.append(f"| {name} | {', '.join(map(str, layers))} | {shares} |")
+            lines.append(f"| {name} | {', '.join(map(str, places))} | {shares} |")
         lines += ["", "See `loco_core/shapeland/train/measure.py` for what the columns mean.", ""]
     lines += [
         f"Agreement of the image with {record['captions']} held-out captions, by the judge:",
@@ -181,7 +224,7 @@ def _card(model: str, record: dict, log: list[dict]) -> str:
     lines += [
         "",
         f"Trained for {log[-1]['step']} steps of 64 pictures in {hours:.1f} hours"
-        + (f", from where {START[model]} ended." if model in START else "."),
+        + (f", from where {start} ended." if start else "."),
         "The loss is in `training.json`. To reproduce:",
         f"`python -m loco_core.shapeland.train {model}`. Its pictures are drawings of a",
         "made-up world: no person, no artist and no data set of the real one.",
