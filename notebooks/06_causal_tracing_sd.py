@@ -237,6 +237,15 @@ record = {
     else "reproduced",
     "ct_unet": f"{scored.loc[artist, 'causal sites in all']} for a style, "
     f"{scored.loc[thing, 'causal sites in all']} for an object",
+    "ct_unet_status": "reproduced"
+    if all(
+        len(trace.causal(least[kind])) > 0.1 * len(trace.sites)
+        for kind, trace in {
+            "style": style_unet,
+            "object": object_unet,
+        }.items()
+    )
+    else "not reproduced",
     "ct_cross": f"planted layers found: {scored.loc[artist, 'recall']} and "
     f"{scored.loc[thing, 'recall']}",
     "ct_cross_status": "contradicted"
