@@ -25,7 +25,7 @@ prompts = 12  # prompts an edit is made from
 lam = 20.0  # price of changing a weight; a squared key is 128 here
 count = 6  # held-out captions per question
 at_once = (1, 4, 8, 12)  # objects removed together
-steps = 8  # of the scheduler, for each picture
+steps = 6  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%
@@ -169,6 +169,16 @@ summary[shares].map("{:.0%}".format)
 # %% tags=["picture-trade_off"] mystnb={"figure": {"name": "fig-trade-off", "caption": "What is erased against what is kept, a point per method, with 95 % intervals over captions."}, "image": {"alt": "Scatter plot of the methods: share of pictures in which the style is gone against share in which everything else is kept", "classes": "dark-light"}}
 trade_off(summary, ylabel="the style is gone")
 
+# %%
+ends = summary[
+    [
+        f"{share} {end}"
+        for share in ("efficacy", "specificity")
+        for end in ("low", "high")
+    ]
+]
+ends.map("{:.0%}".format)
+
 # %% [markdown]
 # The first picture of three questions, for every method.
 
@@ -232,12 +242,12 @@ pair = {
 }
 joint = loco.locoedit(pipe, list(pair.values()), layers, lam)
 (solve, *_) = loco.diagnose(pipe, joint).solves.values()
-ends = [
+last = [
     i for i, label in enumerate(solve.labels) if label.endswith("| end")
 ]
 
 # %% mystnb={"figure": {"name": "fig-interference", "caption": "Cosines between the end-of-text keys of the same prompt by eight artists. Names that end in the same word are closest."}, "image": {"alt": "Heat map of cosines between the keys of eight artists", "classes": "dark-light"}}
-cosines = solve.gram[ends][:, ends]
+cosines = solve.gram[last][:, last]
 interference_map(cosines, artists)
 
 # %% [markdown]

@@ -26,7 +26,7 @@ thing = "star"  # the object to remove
 prompts = 12  # prompts an edit is made from
 lam = 0.1  # price of changing the matrix
 count = 6  # held-out captions per question
-steps = 8  # of the scheduler, for each picture
+steps = 6  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%

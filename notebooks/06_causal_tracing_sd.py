@@ -101,18 +101,9 @@ pd.Series(least, name="threshold").round(2).to_frame()
 
 # %%
 style_text = traced("style", "text_encoder", tokens="all")
-
-# %% mystnb={"figure": {"name": "fig-style-text", "caption": "Effect of restoring one layer at one token of the text encoder, for a style."}, "image": {"alt": "Two heat maps, self-attention and MLP: layers against tokens, the effect on a style", "classes": "dark-light"}}
-effect_figure(style_text, least["style"])
-
-# %%
 object_text = traced("object", "text_encoder", tokens="all")
 
-# %% mystnb={"figure": {"name": "fig-object-text", "caption": "The same for an object."}, "image": {"alt": "Two heat maps, self-attention and MLP: layers against tokens, the effect on an object", "classes": "dark-light"}}
-effect_figure(object_text, least["object"])
 
-
-# %%
 def causal_text(trace: loco.CausalTrace, kind: str) -> pd.DataFrame:
     """The causal sites of a text encoder: layer, kind and token."""
     found = [
@@ -126,11 +117,19 @@ def causal_text(trace: loco.CausalTrace, kind: str) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["layer", "kind", "token"])
 
 
+# %% mystnb={"figure": {"name": "fig-style-text", "caption": "Effect of restoring one layer at one token of the text encoder, for a style."}, "image": {"alt": "Two heat maps, self-attention and MLP: layers against tokens, the effect on a style", "classes": "dark-light"}}
+effect_figure(style_text, least["style"])
+
+# %%
 style_sites = causal_text(style_text, "style")
+style_sites
+
+# %% mystnb={"figure": {"name": "fig-object-text", "caption": "The same for an object."}, "image": {"alt": "Two heat maps, self-attention and MLP: layers against tokens, the effect on an object", "classes": "dark-light"}}
+effect_figure(object_text, least["object"])
+
+# %%
 object_sites = causal_text(object_text, "object")
-pd.concat(
-    {artist: style_sites, thing: object_sites}, names=["concept"]
-).reset_index(level=0).set_index("concept")
+object_sites
 
 # %% [markdown]
 # ## In the UNet
@@ -140,19 +139,10 @@ pd.concat(
 
 # %%
 style_unet = traced("style", "unet")
-
-# %% mystnb={"figure": {"name": "fig-style-unet", "caption": "Effect of restoring one site of the UNet, for a style."}, "image": {"alt": "Bars of the effect of every site of the UNet on a style, colored by kind of site, with the threshold", "classes": "dark-light"}}
-effect_figure(style_unet, least["style"])
-
-# %%
 object_unet = traced("object", "unet")
 
-# %% mystnb={"figure": {"name": "fig-object-unet", "caption": "The same for an object."}, "image": {"alt": "Bars of the effect of every site of the UNet on an object, colored by kind of site, with the threshold", "classes": "dark-light"}}
-effect_figure(object_unet, least["object"])
 
-
-# %%
-def by_kind(trace: loco.CausalTrace, kind: str) -> pd.Series:
+def by_kind(trace: loco.CausalTrace, kind: str) -> pd.DataFrame:
     """Causal sites of every kind of site."""
     causal = {site.name for site in trace.causal(least[kind])}
     table = trace.to_frame()
@@ -160,15 +150,21 @@ def by_kind(trace: loco.CausalTrace, kind: str) -> pd.Series:
         table.assign(causal=table["site"].isin(causal))
         .groupby("kind")["causal"]
         .agg(lambda hits: f"{hits.sum()} of {len(hits)}")
+        .to_frame()
     )
 
 
-pd.DataFrame(
-    {
-        artist: by_kind(style_unet, "style"),
-        thing: by_kind(object_unet, "object"),
-    }
-)
+# %% mystnb={"figure": {"name": "fig-style-unet", "caption": "Effect of restoring one site of the UNet, for a style."}, "image": {"alt": "Bars of the effect of every site of the UNet on a style, colored by kind of site, with the threshold", "classes": "dark-light"}}
+effect_figure(style_unet, least["style"])
+
+# %%
+by_kind(style_unet, "style")
+
+# %% mystnb={"figure": {"name": "fig-object-unet", "caption": "The same for an object."}, "image": {"alt": "Bars of the effect of every site of the UNet on an object, colored by kind of site, with the threshold", "classes": "dark-light"}}
+effect_figure(object_unet, least["object"])
+
+# %%
+by_kind(object_unet, "object")
 
 # %% [markdown]
 # ## Against the known answer
