@@ -190,6 +190,29 @@ def build_tiny_clip(seed: int = 1):
         return CLIPModel(config).eval(), tokenizer
 
 
+@torch.no_grad()
+def embeds(pipe, prompt: str) -> torch.Tensor:
+    """Token embeddings [token, width] in float64, by tokenizer and text encoder alone."""
+    length = pipe.tokenizer.model_max_length
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt")
+    return pipe.text_encoder(ids.input_ids)[0][0].double()
+
+
+def pairs(pipe, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys C and targets G [row, width] of hand-made rows (prompt, token, twin, token)."""
+    keys = torch.stack([embeds(pipe, prompt)[i] for prompt, i, _, _ in rows])
+    return keys, torch.stack([embeds(pipe, twin)[j] for _, _, twin, j in rows])
+
+
+def state(pipe) -> dict[str, bytes]:
+    """Every weight of a Stable Diffusion pipeline, bit for bit."""
+    return {
+        f"{part}.{name}": tensor.numpy().tobytes()
+        for part in ("unet", "text_encoder", "vae")
+        for name, tensor in getattr(pipe, part).state_dict().items()
+    }
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
     """No progress bars, one thread: tests say what they find and nothing else."""

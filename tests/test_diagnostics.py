@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import build_tiny_sd
+from conftest import build_tiny_sd, embeds, pairs
 
 import loco_core as loco
 from loco_core.editing.closed_form import fit
@@ -37,18 +37,6 @@ quiet = pytest.mark.filterwarnings("ignore:.*by more than themselves")
 @pytest.fixture
 def pipe():
     return build_tiny_sd()
-
-
-@torch.no_grad()
-def embeds(pipe, prompt: str) -> torch.Tensor:
-    length = pipe.tokenizer.model_max_length
-    ids = pipe.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt")
-    return pipe.text_encoder(ids.input_ids)[0][0].double()
-
-
-def pairs(pipe, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
-    keys = torch.stack([embeds(pipe, prompt)[i] for prompt, i, _, _ in rows])
-    return keys, torch.stack([embeds(pipe, twin)[j] for _, _, twin, j in rows])
 
 
 def dense(C, G, K, lam: float) -> torch.Tensor:

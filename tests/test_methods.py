@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import TOKENS as LENGTH
-from conftest import build_tiny_sd
+from conftest import build_tiny_sd, embeds, pairs, state
 
 import loco_core as loco
 
@@ -34,20 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*by more than themselves")
 @pytest.fixture
 def pipe():
     return build_tiny_sd()
-
-
-@torch.no_grad()
-def embeds(pipe, prompt: str) -> torch.Tensor:
-    """Token embeddings [token, width] in float64, by tokenizer and text encoder alone."""
-    length = pipe.tokenizer.model_max_length
-    ids = pipe.tokenizer(prompt, padding="max_length", max_length=length, return_tensors="pt")
-    return pipe.text_encoder(ids.input_ids)[0][0].double()
-
-
-def pairs(pipe, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys C and targets G [row, width] of hand-made rows (prompt, token, twin, token)."""
-    keys = torch.stack([embeds(pipe, prompt)[i] for prompt, i, _, _ in rows])
-    return keys, torch.stack([embeds(pipe, twin)[j] for _, _, twin, j in rows])
 
 
 def normal_equations(W, C, G, lam: float, s=1.0) -> torch.Tensor:
@@ -91,14 +77,6 @@ def denoise(pipe, prompt: str) -> torch.Tensor:
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(pipe.unet.dtype)
     text = embeds(pipe, prompt)[None].to(pipe.unet.dtype)
     return pipe.unet(noise, 500, encoder_hidden_states=text).sample
-
-
-def state(pipe) -> dict[str, bytes]:
-    return {
-        f"{part}.{name}": tensor.numpy().tobytes()
-        for part in ("unet", "text_encoder", "vae")
-        for name, tensor in getattr(pipe, part).state_dict().items()
-    }
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_tiny_sd
+from conftest import build_tiny_sd, state
 
 import loco_core as loco
 from loco_core import families
@@ -68,14 +68,6 @@ def published(pipe, rows: list, lam: float, layer: int = 0) -> torch.Tensor:
         k, v = seen(pipe, prompt, layer)[0][i], seen(pipe, twin, layer)[1][j] - bias
         left, right = left + torch.outer(v, k), right + torch.outer(k, k)
     return torch.linalg.solve(right, left, left=False)
-
-
-def state(pipe) -> dict[str, bytes]:
-    return {
-        f"{part}.{name}": tensor.numpy().tobytes()
-        for part in ("unet", "text_encoder", "vae")
-        for name, tensor in getattr(pipe, part).state_dict().items()
-    }
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -108,11 +108,10 @@ def uce(
     for name, scale in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale)):
         if not (isinstance(scale, Real) and math.isfinite(scale) and scale >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, not {scale!r}; 1 is usual")
-    every = [layer.index for layer in family_of(pipe).text_layers(pipe)]
     return _edit(
         pipe,
         concept,
-        every if layers is None else layers,
+        _all_layers(pipe) if layers is None else layers,
         method="uce",
         lam={"k": lam, "v": lam},
         tokens=tokens,
@@ -139,11 +138,10 @@ def time_edit(
         edit = loco.time_edit(pipe, loco.Concept("rose", "color", ["a rose"], ["a thing"],
                                                  ["a blue rose"]), target="target")
     """
-    every = [layer.index for layer in family_of(pipe).text_layers(pipe)]
     return _edit(
         pipe,
         concept,
-        every if layers is None else layers,
+        _all_layers(pipe) if layers is None else layers,
         method="time",
         lam={"k": lam, "v": lam},
         tokens="all",
@@ -211,6 +209,10 @@ def _edit(
     chosen = _chosen_layers(family_of(pipe).text_layers(pipe), layers)
     indices = [layer.index for layer in chosen]
     return solve(pipe, projections(pipe, indices, where), concept, layers=indices, **settings)
+
+
+def _all_layers(pipe: Any) -> list[int]:
+    return [layer.index for layer in family_of(pipe).text_layers(pipe)]
 
 
 def _chosen_layers(known: Sequence[TextLayer], layers: Sequence[int]) -> list[TextLayer]:

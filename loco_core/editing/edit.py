@@ -144,7 +144,7 @@ class Edit:
             if others
             else f"load {self.provenance.model}, or make the edit again on this model"
         )
-        self._check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
+        self.check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
         changed = False
         try:
             for name, module in modules.items():
@@ -240,7 +240,7 @@ class Edit:
                 f"cannot load an edit from {path}: {error}; make the edit again and save it"
             ) from error
 
-    def _check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
+    def check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
         """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
         for name, weight in weights.items():
             if weight.shape[1] != self.changes[name].width:

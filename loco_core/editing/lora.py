@@ -53,7 +53,7 @@ def save_lora(edit: Edit, path: str | Path, pipe: Any) -> None:
     """
     _check_loadable(edit, pipe)
     weights = {name: original_of(pipe, name) for name in edit.changes}
-    edit._check_made_for(
+    edit.check_made_for(
         pipe,
         weights,
         f"a LoRA adds to the unedited weights, so load {edit.provenance.model}, or make the edit "
