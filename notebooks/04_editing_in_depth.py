@@ -127,7 +127,9 @@ def in_short(edit: loco.Edit) -> dict[str, object]:
         "weights": len(edit.changes),
         "rank": max(found.ranks.values()),
         "residual": f"{rows['edited']:.2f}",
-        "moved, of what is preserved": f"{rows.get('preserved', float('nan')):.2f}",
+        "preserved rows moved": f"{rows['preserved']:.2f}"
+        if "preserved" in rows
+        else "none preserved",
         "largest change": f"{max(found.changes.values()):.2f}",
     }
 

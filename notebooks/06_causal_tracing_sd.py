@@ -244,7 +244,7 @@ record = {
     else "not reproduced",
     "ct_cross": f"planted layers found: {scored.loc[artist, 'recall']} and "
     f"{scored.loc[thing, 'recall']}",
-    "ct_cross_status": "contradicted"
+    "ct_cross_status": "differs by construction"
     if scored["found"].ne("[]").any()
     else "reproduced",
 }
