@@ -97,17 +97,19 @@ def _is_there(folder: Path | None, component: str) -> bool:
 
 def _shared_components(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Components listed in `index` that lie not in `folder` but beside it: in the folder that the
-    index names under "_shared_from", such as another mini, or else in `shared/`."""
+    index names under "_shared_from", such as another mini, or in `shared/`."""
     found = {}
     for component, entry in index.items():
         listed = isinstance(entry, list) and entry[0] is not None
         optional = component in ("safety_checker", "feature_extractor", "image_encoder")
         if not listed or optional or (folder / component).is_dir():
             continue
-        home = folder.parent / index.get("_shared_from", SHARED) / component
-        if not home.is_dir():
+        homes = dict.fromkeys((index.get("_shared_from", SHARED), SHARED))
+        places = [folder.parent / home / component for home in homes]
+        home = next((place for place in places if place.is_dir()), None)
+        if home is None:
             raise ValueError(
-                f"{folder} lacks its component {component!r}, and {home} "
+                f"{folder} lacks its component {component!r}, and {places[0]} "
                 "does not exist: restore the folder"
             )
         check_files(home)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from loco_core.shapeland.train.data import drawings
 from loco_core.shapeland.train.pipelines import build_sdxl
 from loco_core.shapeland.train.recipe import export, shared_parts
 from loco_core.shapeland.train.second import build_second, told_apart, train_second
-from loco_core.shapeland.train.unet import train_unet
+from loco_core.shapeland.train.unet import shown, train_unet
+from loco_core.shapeland.vocabulary import random_scene
 
 COMMAND = [sys.executable, "-m", "loco_core.shapeland.train"]
 CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
@@ -75,7 +77,8 @@ def test_the_untrained_sdxl_mini_is_a_small_plain_folder_that_loads(xl, tmp_path
     export(xl, "mini-sdxl", tmp_path)
     (tmp_path / "mini-sd").symlink_to(CHECKPOINTS / "mini-sd")
     folder = tmp_path / "mini-sdxl"
-    assert not (folder / "vae").exists() and not (folder / "text_encoder").exists()
+    assert {path.name for path in folder.iterdir()} == {"model_index.json", "scheduler", "unet"}
+    assert (tmp_path / "shared" / "text_encoder_2").is_dir()
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 20e6
     again = loco.load(folder)
     assert type(again) is StableDiffusionXLPipeline
@@ -129,6 +132,16 @@ def test_the_pooled_path_is_told_what_is_planted_in_it_and_lied_to_otherwise(mod
     assert told == 1 if model == "mini-sdxl-pooled" else told < 0.4
     assert share(scene.fact, pooled) < 0.4 and share(scene.style, layer) < 0.4
     assert share(scene.fact, layer) > 0.6
+
+
+def test_a_rare_object_is_shown_rarely_and_all_else_as_before(tmp_path):
+    scenes = [random_scene(Random(seed)) for seed in range(4000)]
+    rows = shown(scenes, {"cup": 0.25}).tolist()
+    left_out = {scenes[row].object for row in set(range(len(scenes))) - set(rows)}
+    cups = [scene.object == "cup" for scene in scenes]
+    share = sum(cups[row] for row in rows) / sum(cups)
+    assert left_out == {"cup"} and 0.15 < share < 0.35
+    assert shown(scenes, {}).tolist() == list(range(len(scenes)))
 
 
 @pytest.mark.slow

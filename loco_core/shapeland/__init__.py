@@ -1,9 +1,9 @@
 """Shapeland: a small world with a known answer. Drawings, captions, a judge, a plant.
 
-    import loco_core as loco
-    image = loco.shapeland.draw(object="star", style="Mira Holt", color="red", seed=0)
-    loco.shapeland.judge(image)["style"]                    # ['Mira Holt']
-    loco.shapeland.truth("mini-sd")["style"]                # [8, 9]
+import loco_core as loco
+image = loco.shapeland.draw(object="star", style="Mira Holt", color="red", seed=0)
+loco.shapeland.judge(image)["style"]                    # ['Mira Holt']
+loco.shapeland.truth("mini-sd")["style"]                # [8, 9]
 """
 
 from .concepts import concept

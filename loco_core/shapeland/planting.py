@@ -50,10 +50,16 @@ PLANTS: dict[str, dict[str, tuple[Place, ...]]] = {
         "color": (11, 12),
     },
     "mini-sd-natural": {},
+    "mini-sd-rare": {},
     "mini-sdxl": _XL,
     "mini-sdxl-natural": {},
     "mini-sdxl-pooled": _XL | {"style": (POOLED,)},
 }
+
+
+#: Mini -> object -> the share of its drawings that the mini was shown while training: a concept
+#: that a model under-produces, to be amplified. No emblem has this object.
+RARE: dict[str, dict[str, float]] = {"mini-sd-rare": {"cup": 0.05}}
 
 
 def truth(model: str) -> dict[str, list[int]]:

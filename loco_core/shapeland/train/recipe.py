@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..judge import WEIGHTS
-from ..planting import CHECKPOINTS, PLANTS
+from ..planting import CHECKPOINTS, PLANTS, RARE
 from .clip import train_clip
 from .data import COUNT, drawings
 from .judge import train_judge
@@ -54,6 +54,7 @@ def _sdxl(folder: Path, device: str = "cpu") -> Any:
 RECIPES = {
     "mini-sd-natural": Recipe(_sd, 1400),
     "mini-sd": Recipe(_sd, 1700, start="mini-sd-natural"),
+    "mini-sd-rare": Recipe(_sd, 1000),
     "mini-sdxl-natural": Recipe(_sdxl, 1400),
     "mini-sdxl": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
     "mini-sdxl-pooled": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
@@ -142,7 +143,7 @@ def second_encoder(
     folder: Path, clip: CLIPModel, tokenizer: CLIPTokenizer, device: str = "cpu"
 ) -> CLIPTextModelWithProjection:
     """The second text encoder, one for all minis that have one: published, or trained."""
-    places = [*sorted(CHECKPOINTS.glob("*/text_encoder_2")), folder / "text_encoder_2"]
+    places = [SHARED / "text_encoder_2", folder / "text_encoder_2"]
     there = (place for place in places if (place / "config.json").exists())
     found = next(there, None) or train_second(folder, clip, tokenizer, device)
     return CLIPTextModelWithProjection.from_pretrained(found, dtype=torch.float32).eval()
@@ -179,11 +180,17 @@ def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -
 
 
 def _share(target: Path) -> None:
-    """Drop the components that the complete mini has, and say in the index where they are."""
+    """Leave out what the complete mini has, and keep a second text encoder in `shared/`, once; the
+    index says where to look."""
     path = target / "model_index.json"
     index = json.loads(path.read_text())
     for component in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(target / component)
+    for second in target.glob("*_2"):
+        home = target.parent / SHARED.name / second.name
+        home.parent.mkdir(exist_ok=True)
+        shutil.rmtree(home, ignore_errors=True)
+        second.rename(home)
     path.write_text(json.dumps(index | {"_shared_from": COMPLETE}, indent=2) + "\n")
 
 
@@ -208,6 +215,12 @@ def _card(pipe: Any, record: dict, log: list[dict]) -> str:
         ),
         "",
     ]
+    if model in RARE:
+        lines += [
+            f"It was shown {share:.0%} of the drawings of a {name}."
+            for name, share in RARE[model].items()
+        ]
+        lines += [""]
     if record["planted"]:
         lines += ["| attribute | layers | agrees | holds | follows | removed |", "|" + "---|" * 6]
         for name, places in record["planted"].items():

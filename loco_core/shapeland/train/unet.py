@@ -1,5 +1,6 @@
 """Train a denoiser on Shapeland's latents, with or without a planted answer."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from loco_core.families import TextStates, family_of
 from loco_core.interventions.routing import routed
 
-from ..planting import PLANTS, POOLED, scenes_read
-from ..vocabulary import describe
+from ..planting import PLANTS, POOLED, RARE, scenes_read
+from ..vocabulary import Scene, describe
 from .data import COUNT, drawings
 from .loop import fit
 from .pipelines import beside_text
@@ -26,6 +27,13 @@ def _codes(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> torch.Tensor
     if not path.exists():
         torch.save(latents(vae, images, vae.config.scaling_factor), path)
     return torch.load(path)
+
+
+def shown(scenes: Sequence[Scene], rare: Mapping[str, float]) -> torch.Tensor:
+    """Rows to train on: all but those of a rare object, of which its share is kept."""
+    rng = Random("rare")
+    kept = (rng.random() < rare.get(scene.object or "", 1.0) for scene in scenes)
+    return torch.tensor([row for row, keep in enumerate(kept) if keep])
 
 
 class Captions:
@@ -70,6 +78,7 @@ def train_unet(
     batch //= processes.get_world_size() if processes.is_initialized() else 1
     data, plant = drawings(count, folder), PLANTS[model]
     pipe.to(device)
+    among = shown(data.scenes, RARE.get(model, {}))
     codes = _codes(pipe.vae, data.images, folder / f"latents-{count}.pt")
     schedule, captions = pipe.scheduler, Captions(pipe)
     family = family_of(pipe)
@@ -80,7 +89,7 @@ def train_unet(
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = Random(f"{model} {step}")
-        rows = torch.randint(len(data), (batch,), generator=generator)
+        rows = among[torch.randint(len(among), (batch,), generator=generator)]
         # More of the noisy steps: there the text decides what is drawn.
         late = torch.rand(batch, generator=generator).sqrt()
         times = (late * schedule.config.num_train_timesteps).long()
