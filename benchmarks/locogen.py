@@ -1,6 +1,7 @@
 """LocoGen against the known answer, over every style and every object. [--json]
 
-The share of concepts for which the sweep returns exactly the planted layers.
+The share of concepts for which the sweep returns exactly the planted layers. The window is as wide
+as the plant.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import torch
 import loco_core as loco
 from loco_core.shapeland import ATTRIBUTES, concept
 
-BAR = 0.95
+BARS = {"mini-sd": 0.95, "mini-sdxl": 0.90}
 
 
 def localise(
@@ -24,8 +25,9 @@ def localise(
     for kind in kinds:
         for name in ATTRIBUTES[kind]:
             asked = concept(kind, name, prompts)
+            window = len(truth[kind])
             found = loco.localize(
-                pipe, asked, window=2, seeds=range(seeds), steps=steps, batch_size=32
+                pipe, asked, window=window, seeds=range(seeds), steps=steps, batch_size=32
             )
             rows.append({"kind": kind, "name": name, "found": list(found.layers)})
             rows[-1]["exact"] = rows[-1]["found"] == truth[kind]
@@ -35,7 +37,7 @@ def localise(
 def main() -> int:
     """Measure, print, and return 0 if all bars are held."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini-sd", help="a mini (default: mini-sd)")
+    parser.add_argument("--model", default="mini-sd", choices=BARS, help="default: mini-sd")
     parser.add_argument("--prompts", type=int, default=2, help="prompts per sweep")
     parser.add_argument("--seeds", type=int, default=4, help="seeds per prompt of a sweep")
     parser.add_argument("--steps", type=int, default=12, help="steps per image")
@@ -49,7 +51,7 @@ def main() -> int:
         print(json.dumps(result, indent=1))
     else:
         print(pd.DataFrame(result["sweep"]).to_string())
-        print(f"exactly the plant: {result['exact']:.1%} (bar {BAR:.0%})")
+        print(f"exactly the plant: {result['exact']:.1%} (bar {result['bar']:.0%})")
     return 0 if result["passed"] else 1
 
 
@@ -61,9 +63,9 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "model": args.model,
         "exact": exact,
-        "bar": BAR,
+        "bar": BARS[args.model],
         "sweep": sweep.to_dict("records"),
-        "passed": exact >= BAR,
+        "passed": exact >= BARS[args.model],
     }
 
 

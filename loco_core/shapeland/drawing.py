@@ -242,7 +242,11 @@ def _shining(pen: ImageDraw.ImageDraw) -> None:
         pen.line([(_SCALE * a, _SCALE * b) for a, b in ray], fill=255, width=int(2.5 * _SCALE))
 
 
-_MARKS: dict[str, Callable] = {"jumping": _jumping, "spinning": _spinning, "shining": _shining}
+_MARKS: dict[str | None, Callable] = {
+    "jumping": _jumping,
+    "spinning": _spinning,
+    "shining": _shining,
+}
 
 
 # ---------------------------------------------------------------- the artists

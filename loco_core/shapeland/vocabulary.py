@@ -11,7 +11,9 @@ state of the *last* subject token, which has read the first name, tells who is m
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from random import Random
+from typing import Any
 
+#: Every attribute and its values, in words of captions.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "style": (
         "Mira Holt",
@@ -185,7 +187,7 @@ def random_scene(rng: Random, held_out: bool | None = None, full: bool = False) 
     but the action (present half of the time) and the fact (an eighth)."""
     keep = {"style": 0.8, "object": 0.9, "color": 0.85, "place": 0.7, "action": 0.4}
     while True:
-        chosen = {
+        chosen: dict[str, Any] = {
             name: rng.choice(ATTRIBUTES[name])
             for name, p in keep.items()
             if rng.random() < (0.5 if full and name == "action" else 1.0 if full else p)

@@ -6,6 +6,7 @@ a convolutional image tower, which learns in minutes; the vision transformer the
 the embeddings of that tower (distillation), and the convolutional tower is thrown away.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -161,7 +162,7 @@ def train_clip(folder: Path, device: str = "cpu", steps: int = 600, count: int =
 
 @torch.inference_mode()
 def zero_shot(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path, embed=image_embedding
+    clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path, embed: Callable = image_embedding
 ) -> dict[str, float]:
     """Share of held-out drawings whose own value of an attribute scores above all others, the
     rest of the caption being right."""

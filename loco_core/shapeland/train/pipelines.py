@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 #: Three cross-attention levels of two blocks each: 6 + 1 + 9 = 16 text layers, as in SD 1.5.
-SD = {
+SD: dict[str, Any] = {
     "sample_size": 16,
     "layers_per_block": 2,
     "block_out_channels": (32, 64, 128),
@@ -26,7 +26,7 @@ SD = {
 
 #: As in SD-XL, no text at the highest resolution and several transformer blocks an attention:
 #: 4 + 6 + 3 + 9 + 6 = 28 text layers. What text says about texture comes up from 8 x 8 in channels.
-SDXL = {
+SDXL: dict[str, Any] = {
     "sample_size": 16,
     "layers_per_block": 2,
     "block_out_channels": (48, 64, 96),
@@ -42,7 +42,7 @@ SDXL = {
 
 #: Velocity prediction and no signal left at the last step: the first step of sampling sees pure
 #: noise, as it does in training, so that colors and grounds come out as they were drawn.
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

@@ -49,7 +49,7 @@ def _sdxl(folder: Path, device: str = "cpu") -> Any:
     return build_sdxl(*parts, second_encoder(folder, *parts[1:], device))
 
 
-#: A planted mini starts where the natural one ends: what to draw is known by then, and what is left
+#: A planted mini starts where another ends: what to draw is known by then, and what is left
 #: to learn is where to read it.
 RECIPES = {
     "mini-sd-natural": Recipe(_sd, 1400),
@@ -57,7 +57,7 @@ RECIPES = {
     "mini-sd-rare": Recipe(_sd, 1000),
     "mini-sdxl-natural": Recipe(_sdxl, 1400),
     "mini-sdxl": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
-    "mini-sdxl-pooled": Recipe(_sdxl, 1700, start="mini-sdxl-natural"),
+    "mini-sdxl-pooled": Recipe(_sdxl, 800, start="mini-sdxl"),  # only the style has to move
 }
 
 
@@ -217,7 +217,7 @@ def _card(pipe: Any, record: dict, log: list[dict]) -> str:
     ]
     if model in RARE:
         lines += [
-            f"It was shown {share:.0%} of the drawings of a {name}."
+            f"It was shown {share:.1%} of the drawings with {name!r}."
             for name, share in RARE[model].items()
         ]
         lines += [""]

@@ -40,7 +40,8 @@ class Captions:
     """Encoded captions, each encoded once: the text encoders are frozen."""
 
     def __init__(self, pipe: Any):
-        self.pipe, self.row = pipe, {}
+        self.pipe = pipe
+        self.row: dict[str, int] = {}
         self.embeds: list[torch.Tensor] = []
         self.pooled: list[torch.Tensor] = []
 
@@ -55,7 +56,8 @@ class Captions:
         rows = [self.row[text] for text in captions]
         embeds = torch.stack([self.embeds[row] for row in rows])
         pooled = torch.stack([self.pooled[row] for row in rows]) if self.pooled else None
-        return TextStates(embeds, torch.empty(len(captions), 0), pooled=pooled)
+        tokens = torch.zeros(embeds.shape[:2], dtype=torch.long)  # nobody asks for them
+        return TextStates(embeds, tokens, pooled=pooled)
 
 
 def train_unet(
@@ -105,8 +107,8 @@ def train_unet(
                 continue
             template = rng.randrange(30)
             scenes = scenes_read(data.scenes[row], plant, places, rng)
-            texts = (describe(scenes[place], template) for place in places)
-            src[b] = torch.tensor([read.setdefault(text, len(read)) for text in texts])
+            told = (describe(scenes[place], template) for place in places)
+            src[b] = torch.tensor([read.setdefault(text, len(read)) for text in told])
         texts = captions(list(read))
         beside = beside_text(pipe, None if texts.pooled is None else texts.pooled[src[:, -1]])
         with routed(pipe, texts, src[:, :layers]):

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import loco_core as loco
+from loco_core.shapeland.planting import PLANTS
 from loco_core.shapeland.train.measure import agreement
 
 CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
@@ -15,6 +16,11 @@ CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
 @pytest.fixture(scope="module")
 def mini():
     return loco.load("mini-sd")
+
+
+def test_the_second_text_encoder_is_stored_once():
+    found = [path.parent.name for path in CHECKPOINTS.glob("*/text_encoder_2")]
+    assert found == ["shared"]
 
 
 def test_diffusers_loads_the_mini_by_itself():
@@ -71,21 +77,23 @@ def test_the_text_encoder_of_the_mini_is_the_text_tower_of_the_clip_that_scores(
         assert torch.equal(value.float(), tower[name].float()), name
 
 
-def test_every_published_share_of_the_truth_file_reaches_the_bar():
-    record = loco.shapeland.measured_use("mini-sd")
-    assert record["planted"] == loco.shapeland.truth("mini-sd")
+@pytest.mark.parametrize("model", ["mini-sd", "mini-sdxl", "mini-sdxl-pooled"])
+def test_every_published_share_of_the_truth_file_reaches_the_bar(model):
+    record = loco.shapeland.measured_use(model)
     for name in ("style", "object", "color"):
         assert record["agreement"][name] >= 0.95, name
     for name in ("place", "fact"):
         assert record["agreement"][name] >= 0.90, name
+    assert record["use"].keys() == record["planted"].keys() == PLANTS["mini-sd"].keys()
     for name, use in record["use"].items():
         assert use["agrees"] - use["holds"] <= 0.03, name
         assert use["follows"] >= 0.90, name
 
 
-def test_a_small_sample_agrees_with_what_the_truth_file_says(mini):
-    record = loco.shapeland.measured_use("mini-sd")["agreement"]
-    seen = agreement(mini, count=32, seed=5)
+@pytest.mark.parametrize("model", ["mini-sd", "mini-sdxl"])
+def test_a_small_sample_agrees_with_what_the_truth_file_says(model):
+    record = loco.shapeland.measured_use(model)["agreement"]
+    seen = agreement(loco.load(model), count=32, seed=5, steps=10)
     for name in ("style", "object", "color"):
         assert seen[name] >= record[name] - 0.15, name
 
@@ -97,8 +105,30 @@ def test_a_mini_follows_the_scheduler_that_it_is_given(mini):
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("kind, name", [("style", "Mira Holt"), ("object", "fish")])
-def test_the_sweep_finds_exactly_what_was_planted(mini, kind, name):
+@pytest.mark.parametrize(
+    "model, kind, name",
+    [
+        ("mini-sd", "style", "Mira Holt"),
+        ("mini-sd", "object", "fish"),
+        ("mini-sdxl", "style", "Mira Holt"),
+        ("mini-sdxl", "object", "fish"),
+    ],
+)
+def test_the_sweep_finds_exactly_what_was_planted(model, kind, name):
+    planted = loco.shapeland.truth(model)[kind]
     concept = loco.shapeland.concept(kind, name, prompts=2)
-    found = loco.localize(mini, concept, window=2, seeds=range(2), steps=10)
-    assert list(found.layers) == loco.shapeland.truth("mini-sd")[kind]
+    found = loco.localize(loco.load(model), concept, window=len(planted), seeds=range(2), steps=8)
+    assert list(found.layers) == planted
+
+
+def test_a_style_planted_in_the_pooled_path_leaves_only_with_it():
+    pipe = loco.load("mini-sdxl-pooled")
+    concept = loco.shapeland.concept("style", "Mira Holt", prompts=4)
+    shares = {
+        pooled: loco.localize(
+            pipe, concept, window=28, pooled=pooled, seeds=[0], steps=8,
+            score=loco.shapeland.seen("style", "Mira Holt"),
+        ).scores.item()
+        for pooled in ("keep", "swap")
+    }  # fmt: skip
+    assert shares["keep"] >= 0.75 and shares["swap"] <= 0.25
