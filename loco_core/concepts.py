@@ -41,9 +41,9 @@ class Concept:
 
     name: str
     kind: str
-    prompts: tuple[str, ...]
-    neutral: tuple[str, ...]
-    target: tuple[str, ...] | None = None
+    prompts: Sequence[str]
+    neutral: Sequence[str]
+    target: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,7 +69,7 @@ class Concept:
                     f"{len(self.target)} targets: give one per prompt, or one for all"
                 )
             if len(self.target) == 1:
-                _set(self, "target", self.target * len(self.prompts))
+                _set(self, "target", tuple(self.target) * len(self.prompts))
         elif self.kind == "fact":
             raise ValueError(f"fact {self.name!r} needs target=: prompts of the updated fact")
         for prompt in self.prompts:

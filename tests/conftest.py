@@ -1,6 +1,7 @@
 """Tiny random pipelines of real diffusers classes, built from scratch in a second."""
 
 import pytest
+import shapes  # noqa: F401  (checks the shapes in signatures from here on)
 import torch
 
 CORPUS = (

@@ -11,8 +11,8 @@ from conftest import build_tiny_sd
 import loco_core as loco
 from loco_core import records
 from loco_core.evaluation.clip_score import Clip
+from loco_core.evaluation.intervals import bootstrap, units
 from loco_core.interventions import sampling
-from loco_core.localization.locogen import bootstrap
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a house by Van Gogh", "a tree by Van Gogh"], ["a house", "a tree"],
@@ -162,6 +162,13 @@ def test_the_interval_is_the_percentile_bootstrap_of_the_mean():
     for row, (low, high) in zip(samples, bootstrap(samples).tolist(), strict=True):
         means = sorted(sum(row[i].item() for i in draw) / 12 for draw in pick)
         assert means[48] <= low <= means[51] and means[1948] <= high <= means[1951]
+
+
+def test_the_interval_is_over_prompts_and_of_a_single_prompt_over_its_seeds():
+    samples = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]]])  # [window, prompt, seed]
+    assert units(samples).tolist() == [[0.5, 0.5, 1.0]]
+    assert units(samples[:, 2:]).tolist() == [[1.0, 1.0]]
+    assert bootstrap(units(samples[..., :1])[:, :1]).isnan().all()  # one picture
 
 
 def test_a_localization_comes_back_equal_and_unlike_another(found, tmp_path):

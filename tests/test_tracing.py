@@ -14,10 +14,10 @@ from loco_core import records
 from loco_core._progress import bar
 from loco_core.display.plots import effect_figure
 from loco_core.evaluation.clip_score import Clip
+from loco_core.evaluation.intervals import bootstrap
 from loco_core.families import family_of
 from loco_core.interventions import sampling
 from loco_core.localization import runs
-from loco_core.localization.locogen import bootstrap
 from loco_core.localization.sites import (
     Site,
     adjacent,
@@ -398,8 +398,8 @@ def test_the_effect_is_the_mean_of_restored_minus_corrupted(tiny_sd, traced, cli
         ]  # fmt: skip
         assert traced.effects[j].item() == pytest.approx(sum(each) / 8), site
         assert traced.scores[j].item() == pytest.approx(traced.restored[j].mean().item())
-    flat = traced.samples.mean(2).reshape(len(traced.sites), 4)
-    assert torch.equal(traced.interval, bootstrap(flat))
+    by_prompt = traced.samples.mean((2, 3))
+    assert torch.equal(traced.interval, bootstrap(by_prompt))
     assert (traced.low <= traced.effects + 1e-12).all() and (
         traced.effects <= traced.high + 1e-12
     ).all()
@@ -598,19 +598,21 @@ def test_a_trace_of_text_is_drawn_as_a_map_and_one_of_a_unet_as_bars(tiny_sd):
     run = dict(score=bright, seeds=[0], steps=1)
     traced = loco.trace(tiny_sd, STYLE, "text_encoder", tokens="all", **run)
     figure = effect_figure(traced, threshold=0.1)
-    maps = [axis for axis in figure.axes if axis.get_xlabel().startswith("token")]
+    maps = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in maps] == ["self-attention", "MLP"]
+    assert maps[-1].get_xlabel().startswith("token")
     drawn = maps[1].collections[0].get_array().reshape(2, 10)
     mlp = [i for i, site in enumerate(traced.sites) if site.kind == "MLP"]
     assert drawn.flatten().tolist() == pytest.approx(traced.effects[mlp].tolist())
     first = [site.name for site in unet_sites(tiny_sd)[:6]]
     bars = loco.trace(tiny_sd, TREE, sites=first, **run)
-    (axis,) = effect_figure(bars, threshold=0.5).axes
+    figure = effect_figure(bars, threshold=0.5)
+    (axis,) = figure.axes
     heights = [
         bar.get_height() for group in axis.containers for bar in getattr(group, "patches", [])
     ]
     assert sorted(heights) == pytest.approx(sorted(bars.effects.tolist()))
-    assert {text.get_text() for text in axis.get_legend().get_texts()} >= {
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {
         "ResNet",
         "self-attention",
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +34,12 @@ class Clip:
 
 
 @torch.no_grad()
-def clip_score(images: Tensor, texts: Sequence[str], clip: Clip, batch_size: int = 64) -> Tensor:
+def clip_score(
+    images: Float[Tensor, "n 3 height width"],
+    texts: Sequence[str],
+    clip: Clip,
+    batch_size: int = 64,
+) -> Float32[Tensor, " n"]:
     """100 * cosine of image i and text i: [n] float32 on the CPU.
 
     images: [n, 3, H, W] float in [0, 1], any size and device. texts: n strings. Images are resized
@@ -70,20 +76,28 @@ def clip_score(images: Tensor, texts: Sequence[str], clip: Clip, batch_size: int
     return torch.cat(scores)
 
 
-def load_clip(folder: str | Path, device: str | torch.device | None = None) -> Clip:
+def load_clip(
+    name: str | Path, device: str | torch.device | None = None, revision: str | None = None
+) -> Clip:
     """The CLIP (a CLIPModel and its tokenizer, float32) in a folder or of a Hub id.
 
-    clip = load_clip("openai/clip-vit-large-patch14")
+    revision: commit or branch of a Hub id. Raises ValueError for a revision of a folder, damaged
+    files and weights that are not finite.
+
+        clip = load_clip("openai/clip-vit-large-patch14")
     """
-    with zoo.quiet_loading(local=Path(folder).is_dir()):
+    local = Path(name).is_dir()
+    if local and revision is not None:
+        raise ValueError(f"revision {revision!r} is for Hub ids; {name} is a local folder")
+    with zoo.quiet_loading(local):
         from transformers import CLIPModel, CLIPTokenizer
 
-        if Path(folder).is_dir():
-            zoo.check_files(Path(folder))
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    zoo.check_finite({"clip": model}, folder)
-    return Clip(model.to(device or "cpu"), tokenizer, *_statistics(Path(folder)))
+        if local:
+            zoo.check_files(Path(name))
+        model = CLIPModel.from_pretrained(name, revision=revision, dtype=torch.float32).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(name, revision=revision)
+    zoo.check_finite({"clip": model}, name)
+    return Clip(model.to(device or "cpu"), tokenizer, *_statistics(name, revision))
 
 
 def clip_for(model: Any) -> Clip:
@@ -102,11 +116,18 @@ def clip_for(model: Any) -> Clip:
     return load_clip(home, None if is_name else model.device)
 
 
-def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels as the folder's image processor has them, else OpenAI's."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            config = json.loads((folder / name).read_text())
+def _statistics(
+    name: str | Path, revision: str | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels as the CLIP's own image processor has them, else OpenAI's."""
+    from transformers.utils import cached_file
+
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(
+            name, file, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        if path is not None:
+            config = json.loads(Path(path).read_text())
             config = config.get("image_processor", config)
             return tuple(config["image_mean"]), tuple(config["image_std"])
     return OPENAI_MEAN, OPENAI_STD

@@ -222,9 +222,9 @@ def _outcomes(
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     found = torch.zeros(len(probes), seeds, dtype=torch.float64)
     judged = [i for i, probe in enumerate(probes) if probe.asks(judge is not None)]
-    names = judge(images.flatten(0, 1)) if judged else {}
+    names = judge(images.flatten(0, 1)) if judge and judged else {}
     for i in judged:
-        attribute, start = probes[i].attribute, rows[probes[i].prompt] * seeds
+        attribute, start = str(probes[i].attribute), rows[probes[i].prompt] * seeds
         if len(names.get(attribute, ())) != len(prompts) * seeds:
             raise ValueError(
                 f"the judge tells {len(names.get(attribute, ()))} times the {attribute!r} of "
@@ -234,6 +234,7 @@ def _outcomes(
         found[i] = torch.tensor([float(answer == probes[i].value) for answer in answers])
     scored = [i for i in range(len(probes)) if not probes[i].asks(judge is not None)]
     if scored:
+        assert clip is not None  # `evaluate` found one for the probes without an attribute
         picked = torch.cat([images[rows[probes[i].prompt]] for i in scored])
         texts = [probes[i].text or probes[i].prompt for i in scored for _ in range(seeds)]
         found[scored] = clip_score(picked, texts, clip).double().unflatten(0, (-1, seeds))

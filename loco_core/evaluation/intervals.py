@@ -51,15 +51,24 @@ def paired_shares(differences: Tensor) -> tuple[float, float]:
     return max(mean - reach, -1.0), min(mean + reach, 1.0)
 
 
-def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean of any numbers, one per prompt, [n]: (low, high).
-
-    For CLIP-Scores and their paired differences. One prompt tells nothing of others: (nan, nan).
+def units(samples: Tensor) -> Tensor:
+    """The independent numbers among samples [..., prompt, seed]: [..., n], one per prompt, its
+    seeds averaged. Of a single prompt the seeds are the numbers, and say nothing of other prompts.
     """
-    n = len(values)
+    return samples.mean(-1) if samples.shape[-2] > 1 else samples.flatten(-2)
+
+
+def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
+    """Percentile interval of the mean of any numbers, such as CLIP-Scores, or paired differences,
+    one per prompt: [..., n] -> [..., 2], float64. One number tells nothing of others: NaN.
+
+        bootstrap(torch.tensor([27.1, 29.4, 28.0]))  # tensor([27.1000, 29.4000])
+    """
+    n = values.shape[-1]
     if n < 2:
-        return math.nan, math.nan
+        return torch.full((*values.shape[:-1], 2), math.nan, dtype=torch.float64)
     pick = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    means = values.double()[pick].mean(1)
-    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
-    return low, high
+    weights = torch.zeros(draws, n, dtype=torch.float64)
+    weights.scatter_add_(1, pick, torch.ones_like(weights)).div_(n)
+    means = values.double() @ weights.T
+    return means.quantile(means.new_tensor([0.025, 0.975]), dim=-1).movedim(0, -1)

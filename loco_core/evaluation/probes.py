@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..concepts import Concept, mentions
 
@@ -105,7 +106,7 @@ def probes_of(
         pairs = [pair for pair in pairs if pair[0] not in concept.prompts]
         prompts, neutral = [p for p, _ in pairs], [twin for _, twin in pairs]
     _check(concept, prompts, neutral, others)
-    gone = {"attribute": kind, "value": name, "wanted": False}
+    gone: dict[str, Any] = {"attribute": kind, "value": name, "wanted": False}
     phrase = _PHRASES[kind].format(name)
     found = [Probe(p, "efficacy", **gone) for p in prompts]
     for i, prompt in enumerate(prompts):

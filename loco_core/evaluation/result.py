@@ -110,12 +110,13 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.safetensors`, whole or not at all."""
-        header = {f.name: getattr(self, f.name) for f in fields(self)}
+        header: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {
             "outcomes": header.pop("outcomes"),
             "images": (header.pop("images") * 255).round().to(torch.uint8),
         }
-        header = {k: asdict(v) if is_dataclass(v) else v for k, v in header.items()}
+        nested = [name for name, value in header.items() if is_dataclass(value)]
+        header |= {name: asdict(header[name]) for name in nested}
         header["probes"] = [asdict(probe) for probe in self.probes]
         records.save_record(folder, "evaluation", header, tensors)
 
@@ -152,8 +153,13 @@ def _by_prompt(found: Evaluation, outcomes: Tensor, chosen: list[int]) -> Tensor
 
 def _interval(values: Tensor, shares: bool) -> tuple[float, float]:
     # a mean of shares may overshoot 1 by a rounding
-    return wilson(values.mean().clamp(0, 1).item(), len(values)) if shares else bootstrap(values)
+    return wilson(values.mean().clamp(0, 1).item(), len(values)) if shares else _resampled(values)
 
 
 def _change(differences: Tensor, shares: bool) -> tuple[float, float]:
-    return paired_shares(differences) if shares else bootstrap(differences)
+    return paired_shares(differences) if shares else _resampled(differences)
+
+
+def _resampled(values: Tensor) -> tuple[float, float]:
+    low, high = bootstrap(values).tolist()
+    return low, high

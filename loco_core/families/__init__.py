@@ -6,7 +6,10 @@ from .base import Family, TextLayer, TextStates
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+)
 
 
 def family_of(pipe: Any) -> Family:

@@ -10,11 +10,12 @@ To add a family: one file with a subclass of `Family`, and one line in `families
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor, nn
 
 
@@ -39,17 +40,17 @@ class TextStates:
     read, or None if every token is. pooled: [prompt, width] or None.
     """
 
-    embeds: Tensor
-    tokens: Tensor
-    mask: Tensor | None = None
-    pooled: Tensor | None = None
+    embeds: Float[Tensor, "prompt token width"]
+    tokens: Int[Tensor, "prompt token"]
+    mask: Shaped[Tensor, "prompt token"] | None = None
+    pooled: Float[Tensor, "prompt pooled"] | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> "TextStates":
         """Rows of the table: a slice, a list of indices or a long tensor."""
-        pick = [None if x is None else x[rows] for x in self._fields()]
+        pick: list[Any] = [None if x is None else x[rows] for x in self._fields()]
         return TextStates(*pick)
 
     def _fields(self) -> tuple[Tensor | None, ...]:
@@ -91,11 +92,11 @@ class Family(ABC):
         """(channels, height, width) of the noise the pipeline starts from."""
 
     @abstractmethod
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
+    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         """Keyword arguments that hand encoded prompts to the pipeline's `__call__`."""
 
     @abstractmethod
-    def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
+    def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Int64[Tensor, " row"]:
         """Where the `rows` prompts of a call sit in the denoiser's batch: [rows] long."""
 
     @abstractmethod
@@ -149,7 +150,7 @@ class Family(ABC):
             )
         return module
 
-    def tokenize(self, pipe: Any, prompts: Sequence[str]) -> Tensor:
+    def tokenize(self, pipe: Any, prompts: Sequence[str]) -> Int64[Tensor, "prompt token"]:
         """Token ids, padded and cut as the pipeline does: [prompt, token] long, on the CPU."""
         tokenizer = self.tokenizer(pipe)
         return tokenizer(
@@ -252,13 +253,13 @@ def _is_fused(module: nn.Module) -> bool:
     return getattr(module, "fused_projections", False)
 
 
-def config_key(module: nn.Module) -> str:
+def config_key(module: Any) -> str:
     """A diffusers config as JSON: hashable, and enough to build the architecture again."""
     config = {k: v for k, v in module.config.items() if not k.startswith("_")}
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> Any:
     """The module below `torch.compile`, if it was compiled."""
     return getattr(module, "_orig_mod", module)
 
@@ -269,7 +270,7 @@ def record_text_layers(denoiser: nn.Module, *args: Any, **kwargs: Any) -> tuple[
 
     seen: dict[str, int] = {}
 
-    def note(name: str):
+    def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             text = kwargs.get("encoder_hidden_states")
             if text is not None:

@@ -39,7 +39,7 @@ class StableDiffusion(Family):
 
     def text_layers(self, pipe: Any) -> tuple[TextLayer, ...]:
         unet = plain(pipe.unet)
-        return _layers(type(unet), config_key(unet))
+        return _layers(unet.__class__, config_key(unet))
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
         prompts = checked_prompts(prompts)
@@ -58,7 +58,7 @@ class StableDiffusion(Family):
         height, width = (size, size) if isinstance(size, int) else size
         return pipe.unet.config.in_channels, height, width
 
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
+    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
 
     def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
@@ -78,7 +78,7 @@ def clip_layers(pipe: Any, component: str) -> tuple[str, nn.ModuleList]:
 
 
 @lru_cache(maxsize=64)
-def _layers(unet_class: type, key: str) -> tuple[TextLayer, ...]:
+def _layers(unet_class: Any, key: str) -> tuple[TextLayer, ...]:
     with torch.device("meta"):
         unet = unet_class.from_config(json.loads(key))
         config = unet.config

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .base import TextStates, checked_prompts
 from .stable_diffusion import StableDiffusion, clip_layers
@@ -46,10 +46,11 @@ class StableDiffusionXL(StableDiffusion):
         "" is no such case: it is encoded, by the pipeline as well."""
         if not pipe.config.force_zeros_for_empty_prompt:
             return empty
+        assert empty.pooled is not None  # `encode` of this family always gives it
         zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
         return TextStates(zeros[0], empty.tokens, pooled=zeros[1])
 
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Tensor]:
+    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return super().inputs(texts, negative) | {
             "pooled_prompt_embeds": texts.pooled,
             "negative_pooled_prompt_embeds": negative.pooled,

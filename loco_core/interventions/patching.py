@@ -13,6 +13,7 @@ row. A row may be patched at other modules than its neighbour, so that many site
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .routing import refuse_compiled
@@ -94,7 +95,7 @@ def _copy(source: int, pairs: Sequence[tuple[int, int | None]]) -> Rewrite:
     return rewrite
 
 
-def added(noise: Tensor, first: int) -> Rewrite:
+def added(noise: Float[Tensor, "row token width"], first: int) -> Rewrite:
     """A rewrite that adds noise [row, token, width] to an output, from token `first` on.
 
     Raises ValueError for an output with another number of rows.

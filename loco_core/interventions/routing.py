@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor, nn
 
 from ..families import TextStates, family_of
@@ -24,7 +25,10 @@ from ..families import TextStates, family_of
 
 @contextmanager
 def routed(
-    pipe: Any, texts: TextStates, src: Tensor | Sequence[Sequence[int]], rows: Tensor | None = None
+    pipe: Any,
+    texts: TextStates,
+    src: Int[Tensor, "row layer"] | Sequence[Sequence[int]],
+    rows: Int[Tensor, " row"] | None = None,
 ) -> Iterator[None]:
     """Within this context, row rows[b] of the denoiser's batch reads texts[src[b, l]] at layer l.
 
@@ -64,7 +68,7 @@ def routed(
             handle.remove()
 
 
-def _reads(texts: TextStates, column: Tensor, rows: Tensor) -> Callable:
+def _reads(texts: TextStates, column: Int64[Tensor, " row"], rows: Int[Tensor, " row"]) -> Callable:
     """The pre-hook of one layer: rows read texts[column]."""
     needed = int(rows.max()) + 1
 
@@ -93,7 +97,7 @@ def _reads(texts: TextStates, column: Tensor, rows: Tensor) -> Callable:
     return hook
 
 
-def windows(layers: int, size: int) -> Tensor:
+def windows(layers: int, size: int) -> Bool[Tensor, "window layer"]:
     """Which layers each window of `size` adjacent layers covers: [window, layer] bool.
 
     windows(16, 2)[6].nonzero().flatten()  # tensor([6, 7])
@@ -107,7 +111,9 @@ def windows(layers: int, size: int) -> Tensor:
     return (layer >= start) & (layer < start + size)
 
 
-def checked_map(src: Tensor | Sequence[Sequence[int]], layers: int, texts: int) -> Tensor:
+def checked_map(
+    src: Int[Tensor, "row layer"] | Sequence[Sequence[int]], layers: int, texts: int
+) -> Int64[Tensor, "row layer"]:
     """`src` as [row, layer] long; refuses one that does not fit the model or the texts."""
     src = torch.as_tensor(src)
     if src.ndim != 2 or src.shape[1] != layers or src.is_floating_point() or not len(src):

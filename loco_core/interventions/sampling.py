@@ -7,7 +7,9 @@ not depend on the batch it was made in, nor on the device or the dtype its noise
 
 import copy
 import dataclasses
+import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from .. import records
@@ -32,14 +35,14 @@ def generate(
     steps: int = 25,
     guidance: float = 7.5,
     *,
-    routes: Tensor | Sequence[Sequence[int]] | None = None,
+    routes: Int[Tensor, "prompt layer"] | Sequence[Sequence[int]] | None = None,
     sources: Sequence[str] | None = None,
-    pooled_routes: Tensor | Sequence[int] | None = None,
+    pooled_routes: Int[Tensor, " prompt"] | Sequence[int] | None = None,
     negative_prompt: str | None = None,
     eta: float = 0.0,
     batch_size: int = 16,
     folder: str | Path | None = None,
-) -> Tensor:
+) -> Float32[Tensor, "prompt seed 3 height width"]:
     """Images [prompt, seed, 3, H, W], float32 in [0, 1], on the CPU.
 
     pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance.
@@ -81,7 +84,7 @@ def generate(
     settings = {
         "texts": unique,
         "prompts": place.tolist(),
-        "routes": None if routes is None else routes.tolist(),
+        "routes": None if routes is None else torch.as_tensor(routes).tolist(),
         "pooled_routes": None if pooled_routes is None else pooled.tolist(),
         "seeds": seeds,
         "steps": steps,
@@ -101,7 +104,7 @@ def generate(
                 index = torch.tensor([p for p, _ in batch])
                 src = None if routes is None else routes[index]
                 rows = texts[place[index]]
-                if rows.pooled is not None:
+                if texts.pooled is not None:
                     rows = dataclasses.replace(rows, pooled=texts.pooled[pooled[index]])
                 made = sample_batch(
                     pipe, texts, rows, negative, [s for _, s in batch], src, steps, guidance, eta,
@@ -121,12 +124,12 @@ def sample_batch(
     rows: TextStates,
     negative: TextStates,
     seeds: list[int],
-    src: Tensor | None,
+    src: Int[Tensor, "row layer"] | None,
     steps: int,
     guidance: float,
     eta: float,
     progress: Any,
-) -> Tensor:
+) -> Float32[Tensor, "row 3 height width"]:
     """One batch: rows[b] with seeds[b], where src[b] routes it to `texts`."""
     family = family_of(pipe)
     shape = family.latent_shape(pipe)
@@ -138,7 +141,8 @@ def sample_batch(
         return state
 
     places = family.conditional_rows(pipe, len(seeds), guidance)
-    with nullcontext() if src is None else routed(pipe, texts, src, places):
+    routing = nullcontext() if src is None else routed(pipe, texts, src, places)
+    with routing, _quiet_decoder():
         images = pipe(
             **family.inputs(rows, negative[[0] * len(seeds)]),
             latents=noise.to(texts.embeds),
@@ -150,6 +154,60 @@ def sample_batch(
             callback_on_step_end=tick,
         ).images
     return images.float().cpu()
+
+
+@contextmanager
+def _quiet_decoder() -> Iterator[None]:
+    """Without what diffusers says when SD-XL in float16 decodes in float32 and rounds back: that
+    its own method for it is deprecated, and that no module at all should have stayed as it was."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(_names_a_module)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_names_a_module)
+
+
+def _names_a_module(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
+
+
+def fitting_batch(pipe: Any, guidance: float = 7.5, most: int = 64) -> int:
+    """How many images one call of `pipe` can make in the memory that is free now.
+
+    pipe: a diffusers pipeline, already on its device. guidance: as in `generate`; without it a
+    batch holds twice as many. On a GPU one image and then two are sampled for one step: what the
+    second adds is the price of each further one, and nine tenths of the free memory are spent, on
+    at most `most` images. On a CPU it is 16, or `most`.
+
+        images = loco.generate(pipe, prompts, batch_size=fitting_batch(pipe))
+    """
+    device = torch.device(pipe._execution_device)
+    if device.type != "cuda":
+        return min(16, most)
+
+    def peak(images: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        generate(pipe, [""] * images, steps=1, guidance=guidance, batch_size=images)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    one, two = peak(1), peak(2)
+    torch.cuda.empty_cache()
+    return images_in(0.9 * torch.cuda.mem_get_info(device)[0], one, two, most)
+
+
+def images_in(free: float, one: int, two: int, most: int) -> int:
+    """The largest n from 1 to `most` with one + (n - 1) (two - one) <= free, all in bytes.
+
+    >>> images_in(free=10, one=4, two=6, most=64)
+    4
+    """
+    further = max(two - one, 1)
+    return max(1, min(most, 1 + int((free - one) // further)))
 
 
 @contextmanager

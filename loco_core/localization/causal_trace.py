@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from .locogen import bootstrap
+from ..evaluation.intervals import bootstrap, units
 from .sites import Site
 
 
@@ -56,9 +56,10 @@ class CausalTrace:
 
     @property
     def interval(self) -> Tensor:
-        """95 % bootstrap interval of each effect over prompts and seeds (draws of the noise are
-        averaged before): [site, 2] float64 (low, high)."""
-        return bootstrap(self.samples.mean(2).flatten(1))
+        """95 % bootstrap interval of each effect over prompts (draws of the noise and seeds are
+        averaged), of a single prompt over its seeds: [site, 2] float64 (low, high); NaN for a
+        single picture."""
+        return bootstrap(units(self.samples.mean(2)))
 
     @property
     def low(self) -> Tensor:
@@ -107,7 +108,8 @@ class CausalTrace:
 
     def save(self, folder: str | Path) -> None:
         """Write `causal_trace.json` and `causal_trace.safetensors`, whole or not at all."""
-        header, tensors = {}, {}
+        header: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "groups":

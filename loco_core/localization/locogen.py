@@ -14,7 +14,7 @@ gets the pooled embedding of c' as well.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import records
 from ..concepts import Concept
 from ..evaluation.clip_score import clip_for, clip_score
+from ..evaluation.intervals import bootstrap, units
 from ..families import Family, family_of
 from ..interventions.routing import windows
 from ..interventions.sampling import checked_seeds, generate
@@ -76,8 +77,9 @@ class Localization:
 
     @property
     def interval(self) -> Tensor:
-        """95 % bootstrap interval of each mean: [window, 2] float64 (low, high)."""
-        return bootstrap(self.samples.flatten(1))
+        """95 % bootstrap interval of each mean over prompts, of a single prompt over its seeds:
+        [window, 2] float64 (low, high); NaN for a single picture."""
+        return bootstrap(units(self.samples))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -176,13 +178,13 @@ def localize(
     names = tuple(layer.name for layer in family.text_layers(pipe))
     if isinstance(window, str) and window != "smallest":
         raise ValueError(f'window {window!r}: pass a number of layers or "smallest"')
-    sizes = range(1, len(names) + 1) if window == "smallest" else [window]
+    sizes: Any = range(1, len(names) + 1) if window == "smallest" else [window]
     masks = [windows(len(names), size) for size in sizes]
     _check_pooled(family, pooled)
     for prompt in concept.prompts:
         family.subject_span(pipe, prompt, concept.name)
     sources = [*concept.prompts, *_replacement(concept, neutral)]
-    judged = list(concept.target if concept.kind == "fact" else concept.prompts)
+    judged = list((concept.target or ()) if concept.kind == "fact" else concept.prompts)
     score = partial(clip_score, clip=clip_for(pipe)) if score is None else score
 
     def run(routes: Tensor, part: str) -> Scored:
@@ -224,23 +226,14 @@ def localize(
     return Localization(concept, size, names, swept, baseline, floor, tuple(tried), made_by)
 
 
-def bootstrap(samples: Tensor, draws: int = 2000, seed: int = 0) -> Tensor:
-    """95 % percentile interval of the mean over the last axis: [..., cell] -> [..., 2], float64."""
-    cells = samples.shape[-1]
-    pick = torch.randint(cells, (draws, cells), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(draws, cells, dtype=torch.float64)
-    weights.scatter_add_(1, pick, torch.ones_like(weights)).div_(cells)
-    means = samples.double() @ weights.T
-    return means.quantile(torch.tensor([0.025, 0.975]).double(), dim=-1).movedim(0, -1)
-
-
 def _best(means: Tensor, kind: str) -> Tensor:
     return means.argmax() if kind == "fact" else means.argmin()
 
 
 def _removed(best: float, neutral: Scored, kind: str, threshold: float | None) -> bool:
     """Whether the best window does what replacing the text everywhere does."""
-    low, high = bootstrap(neutral.scores.flatten()).tolist()
+    floor = units(neutral.scores)
+    low, high = bootstrap(floor).tolist() if len(floor) > 1 else floor.tolist() * 2
     if kind == "fact":
         return best >= (low if threshold is None else threshold)
     return best <= (high if threshold is None else threshold)
@@ -256,18 +249,20 @@ def _check_pooled(family: Family, pooled: str) -> None:
         )
 
 
-def _replacement(concept: Concept, neutral: str | None) -> tuple[str, ...]:
+def _replacement(concept: Concept, neutral: str | None) -> Sequence[str]:
     """The prompts that windows read instead of the concept's."""
     if neutral is None:
         neutral = "target" if concept.kind == "fact" else "twin"
     if neutral not in ("twin", "target"):
         raise ValueError(f'neutral={neutral!r}: choose "twin" or "target"')
-    if neutral == "target" and concept.target is None:
+    if neutral == "twin":
+        return concept.neutral
+    if concept.target is None:
         raise ValueError(
             f"concept {concept.name!r} has no target prompts: make it with target=[...], or use "
             'neutral="twin"'
         )
-    return concept.neutral if neutral == "twin" else concept.target
+    return concept.target
 
 
 def scores_of(score: Score, images: Tensor, texts: list[str]) -> Tensor:

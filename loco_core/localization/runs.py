@@ -77,12 +77,12 @@ def corruptions(
     found = []
     for p, (first, last) in enumerate(spans):
         generator = torch.Generator().manual_seed(NOISE_SEED + p)
-        noise = {table: [] for table in tables}
+        drawn: dict[nn.Module, list[Tensor]] = {table: [] for table in tables}
         for _ in range(draws):
             for table, s in zip(tables, stds, strict=True):
                 shape = last - first + 1, table.embedding_dim
-                noise[table].append(s * torch.randn(shape, generator=generator))
-        noise = {table: torch.stack(each) for table, each in noise.items()}
+                drawn[table].append(s * torch.randn(shape, generator=generator))
+        noise = {table: torch.stack(each) for table, each in drawn.items()}
         found.append(Corruption(first, last, noise))
     return stds, found
 
@@ -159,7 +159,7 @@ def _encode(
     size: int,
 ) -> TextStates:
     """Text states of the clean prompt, then of `rows`: corrupted, with group r - 2 restored."""
-    found = []
+    found: list[TextStates] = []
     for chunk in _chunks(rows, size - 1):
         draws = [d for _, d in chunk]
         edits = {
@@ -224,7 +224,10 @@ def _joined(parts: list[TextStates]) -> TextStates:
         field.name: [getattr(part, field.name) for part in parts]
         for field in dataclasses.fields(TextStates)
     }
-    return TextStates(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+    whole: dict[str, Any] = {
+        name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+    }
+    return TextStates(**whole)
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

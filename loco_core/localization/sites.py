@@ -108,7 +108,7 @@ def text_sites(
     """
     if tokens not in ("last", "all"):
         raise ValueError(f'tokens={tokens!r}: choose "last" or "all"')
-    family, offsets = family_of(pipe), [0]
+    family, offsets = family_of(pipe), range(1)
     if tokens == "all":
         last = [family.subject_span(pipe, prompt, subject)[1] for prompt in prompts]
         ids = family.tokenize(pipe, prompts)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import records
 from .._progress import bar
@@ -114,7 +115,8 @@ def trace(
     }
     rows = [(r, d) for d in range(draws) for r in range(1, 2 + len(groups))]
     scores = torch.full((2 + len(groups), len(noises), draws, len(seeds)), math.nan).double()
-    kept, negative = None, family.unprompted(pipe, family.encode(pipe, [""]))
+    kept: Tensor | None = None
+    negative = family.unprompted(pipe, family.encode(pipe, [""]))
     with sampling.own_scheduler(pipe):
         for p, (prompt, noised) in enumerate(zip(concept.prompts, noises, strict=True)):
             texts, jobs = plan(pipe, prompt, noised, groups, where, rows, seeds, batch_size)
@@ -135,24 +137,24 @@ def trace(
                             parts.write(number, made)
                     else:
                         progress.update(steps)
-                    found = scores_of(
+                    scored = scores_of(
                         score, made.float().div(255)[:, None, None], [prompt]
                     ).flatten()
                     if images and kept is None:
                         kept = torch.zeros(*scores.shape, *made.shape[1:], dtype=torch.uint8)
                     for b, (r, d), k in job.cells:
                         at = (r, p, slice(None) if r == 0 else d, k)
-                        scores[at] = found[b]
+                        scores[at] = scored[b]
                         if kept is not None:
                             kept[at] = made[b]
-    found = CausalTrace(
+    traced = CausalTrace(
         concept, where, groups, scores[2:], scores[0, :, 0], scores[1],
         None if kept is None else kept.float().div(255),
         records.provenance(pipe, **settings, score=score_name),
     )  # fmt: skip
-    if not found.gap > 0:
+    if not traced.gap > 0:
         warn(
             f"the noise took nothing of {concept.name!r} (mean score clean - corrupted = "
-            f"{found.gap:.3g}), so its effects mean nothing: pass more noise=, draws= or seeds="
+            f"{traced.gap:.3g}), so its effects mean nothing: pass more noise=, draws= or seeds="
         )
-    return found
+    return traced
