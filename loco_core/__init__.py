@@ -17,12 +17,15 @@ from typing import Any
 __version__ = "0.2.0"
 
 _HOME = {
+    "Attribution": "editing.attribution",
     "CausalTrace": "localization.tracing",
     "Concept": "concepts",
     "Edit": "editing.edit",
     "Evaluation": "evaluation.result",
     "Localization": "localization.locogen",
+    "Neurons": "editing.neurons",
     "TextLayer": "families",
+    "attribute": "editing.cad",
     "clip_score": "evaluation.clip_score",
     "compose": "editing.compose",
     "diagnose": "editing.diagnostics",
@@ -34,6 +37,7 @@ _HOME = {
     "localize": "localization.locogen",
     "locoedit": "editing.cross_attention",
     "progress": "_progress",
+    "rank_neurons": "editing.neurons",
     "text_layers": "families",
     "time_edit": "editing.cross_attention",
     "trace": "localization.tracing",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import model_name
-from .weights import fingerprint, linear_of
+from .weights import editable, fingerprint
 
 if TYPE_CHECKING:
     from .edit import Edit
@@ -32,7 +32,7 @@ def newest(module: nn.Module) -> Edit | None:
 
 def original_of(pipe: Any, name: str) -> Tensor:
     """The weight `name` as it was before any edit was applied."""
-    module = linear_of(pipe, name)
+    module = editable(pipe, name)
     stack = stacks.get(module)
     return stack[0][1] if stack else module.weight.detach()
 
@@ -41,7 +41,7 @@ def original_of(pipe: Any, name: str) -> Tensor:
 def before_edit(edit: Edit, pipe: Any) -> Iterator[dict[str, Tensor]]:
     """Puts the weights that `edit` was made for into `pipe` for the length of a `with` block, and
     gives them by name. Raises ValueError if the pipeline has not had them."""
-    modules = {name: linear_of(pipe, name) for name in edit.changes}
+    modules = {name: editable(pipe, name) for name in edit.changes}
     now = {name: module.weight.detach().clone() for name, module in modules.items()}
     made_for = {}
     for name, module in modules.items():
@@ -61,7 +61,7 @@ def before_edit(edit: Edit, pipe: Any) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _put(modules: Mapping[str, nn.Linear], weights: Mapping[str, Tensor]) -> None:
+def _put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
     for name, module in modules.items():
         module.weight.copy_(weights[name])
     torch.clear_autocast_cache()

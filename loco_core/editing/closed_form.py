@@ -32,6 +32,7 @@ from functools import cached_property
 from numbers import Real
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 __all__ = ["LowRankMap", "fit"]
@@ -53,8 +54,8 @@ class LowRankMap:
     tensor([[7., 7., 9.]])
     """
 
-    D: Tensor
-    R: Tensor
+    D: Float64[Tensor, "d n"]
+    R: Float64[Tensor, "n d"]
 
     def __post_init__(self) -> None:
         for name, factor in (("D", self.D), ("R", self.R)):
@@ -107,8 +108,16 @@ class LowRankMap:
         D, Q = self._balanced
         return D.T.float().contiguous(), Q.float()
 
+    def check(self, weight: Float[Tensor, "out d"]) -> None:
+        """Raise ValueError unless `weight` is a matrix with `width` columns."""
+        if weight.ndim != 2 or weight.shape[1] != self.width:
+            raise ValueError(
+                f"this map edits weights of shape [out, {self.width}], not {list(weight.shape)}: "
+                "it was fitted to embeddings of another width"
+            )
+
     @torch.no_grad()
-    def delta(self, weight: Tensor) -> Tensor:
+    def delta(self, weight: Float[Tensor, "out d"]) -> Float64[Tensor, "out d"]:
         """The change (W D) R [out, d] of a weight W [out, d], in float64 on the weight's device.
 
         A device without float64 gets it from the CPU. Raises ValueError unless W is a matrix with
@@ -118,7 +127,9 @@ class LowRankMap:
         return weight.double() @ D @ R
 
     @torch.no_grad()
-    def apply_to(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def apply_to(
+        self, weight: Float[Tensor, "out d"], out: Float[Tensor, "out d"] | None = None
+    ) -> Float[Tensor, "out d"]:
         """The edited weight W + (W D) R: a new tensor of W's shape, dtype and device, or `out`.
 
         A float32 weight on the CPU is edited in float32, from factors balanced in float64: on top
@@ -146,7 +157,7 @@ class LowRankMap:
         return edited
 
     @torch.no_grad()
-    def relative_change(self, weight: Tensor) -> float:
+    def relative_change(self, weight: Float[Tensor, "out d"]) -> float:
         """||W' - W|| / ||W|| (Frobenius) of a weight W [out, d], from the factors alone.
 
         Above 1 the edit is larger than what it edits. Raises ValueError unless W is a matrix with
@@ -186,11 +197,7 @@ class LowRankMap:
 
     def _aligned(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weight and the factors on one device that has float64."""
-        if weight.ndim != 2 or weight.shape[1] != self.width:
-            raise ValueError(
-                f"this map edits weights of shape [out, {self.width}], not {list(weight.shape)}: "
-                "it was fitted to embeddings of another width"
-            )
+        self.check(weight)
         if weight.device.type == "mps":
             weight = weight.cpu()
         return weight, self.D.to(weight.device), self.R.to(weight.device)
@@ -198,12 +205,12 @@ class LowRankMap:
 
 @torch.no_grad()
 def fit(
-    keys: Tensor,
-    targets: Tensor,
+    keys: Float[Tensor, "n d"],
+    targets: Float[Tensor, "n d"],
     lam: float,
     weights: Tensor | None = None,
-    preserve: Tensor | None = None,
-    null_space: Tensor | None = None,
+    preserve: Float[Tensor, "p d"] | None = None,
+    null_space: Float[Tensor, "r d"] | None = None,
 ) -> LowRankMap:
     """The map that makes every layer read `keys` as `targets`: equations (1) to (3) above.
 
@@ -249,8 +256,8 @@ def fit(
     return LowRankMap(D, R)
 
 
-def _regularised_inverse(A: Tensor, lam: float) -> Tensor:
-    """(lam I + A A^T)^-1 A [k, d]; at lam = 0, the transposed pseudo-inverse of A [k, d]."""
+def _regularised_inverse(A: Float64[Tensor, "k d"], lam: float) -> Float64[Tensor, "k d"]:
+    """(lam I + A A^T)^-1 A; at lam = 0, the transposed pseudo-inverse of A."""
     gram = A @ A.T
     gram.diagonal().add_(lam)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -265,7 +272,9 @@ def _regularised_inverse(A: Tensor, lam: float) -> Tensor:
     return (U * gain) @ Vh
 
 
-def _outside(C: Tensor, held: Tensor, edited: int) -> Tensor:
+def _outside(
+    C: Float64[Tensor, "k d"], held: Float64[Tensor, "r d"], edited: int
+) -> Float64[Tensor, "k d"]:
     """C P: the rows without their part in the span of the rows `held`."""
     _, sigma, Vh = torch.linalg.svd(held, full_matrices=False)
     basis = Vh[sigma > _cutoff(held) * sigma.max()] if len(held) else held
@@ -280,7 +289,12 @@ def _outside(C: Tensor, held: Tensor, edited: int) -> Tensor:
     return free
 
 
-def _check_interpolates(D: Tensor, R: Tensor, C: Tensor, counted: Tensor) -> None:
+def _check_interpolates(
+    D: Float64[Tensor, "d n"],
+    R: Float64[Tensor, "n d"],
+    C: Float64[Tensor, "k d"],
+    counted: Bool[Tensor, " k"],
+) -> None:
     """Raise unless T c_i = g_i: (D R) c_i is g_i - c_i for edited rows and 0 for preserved ones."""
     n = D.shape[1]
     wanted = torch.zeros_like(C)
@@ -306,7 +320,7 @@ def _cutoff(A: Tensor) -> float:
     return max(A.shape) * torch.finfo(A.dtype).eps
 
 
-def _rows(name: str, rows: Tensor) -> Tensor:
+def _rows(name: str, rows: Float[Tensor, "row d"]) -> Float64[Tensor, "row d"]:
     if rows.ndim != 2:
         raise ValueError(
             f"{name} must be a matrix, one row a token, but has shape {list(rows.shape)}"
@@ -318,14 +332,14 @@ def _rows(name: str, rows: Tensor) -> Tensor:
     return rows
 
 
-def _same_width(name: str, rows: Tensor, d: int) -> Tensor:
+def _same_width(name: str, rows: Float[Tensor, "row d"], d: int) -> Float64[Tensor, "row d"]:
     rows = _rows(name, rows)
     if rows.shape[1] != d:
         raise ValueError(f"{name} must have the keys' width {d}, but is {list(rows.shape)}")
     return rows
 
 
-def _row_weights(weights: Tensor | None, n: int, k: int) -> Tensor:
+def _row_weights(weights: Tensor | None, n: int, k: int) -> Float64[Tensor, " k"]:
     """The k row weights; preserved rows weigh 1 unless given."""
     if weights is None:
         return torch.ones(k, dtype=torch.float64)

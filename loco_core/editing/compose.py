@@ -1,11 +1,10 @@
-"""Several edits as one: a product of maps."""
+"""Several edits as one: a product of maps, a union of knock-outs."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from .closed_form import LowRankMap
-from .edit import Edit, joint
+from .edit import Change, Edit, joint
 
 __all__ = ["compose"]
 
@@ -17,7 +16,8 @@ def compose(first: Edit, second: Edit) -> Edit:
     applying `first` and then making and applying `second` on the edited pipeline; unless `first`
     edits the text encoder in front of what `second` edits, which then would read other keys. Both
     must be for the same weights. The order matters where both move the same directions. Ranks add
-    up. Raises ValueError for edits of different models or weights.
+    up; entries that both knock out get both factors. Raises ValueError for edits of different
+    models or weights, and where a map and a knock-out meet on one weight.
 
         both = loco.compose(no_van_gogh, no_monet)
     """
@@ -30,7 +30,17 @@ def compose(first: Edit, second: Edit) -> Edit:
                 + ": make both on the same unedited pipeline"
             )
     originals = {**first.originals, **second.originals}
-    joined: dict[tuple[LowRankMap | None, LowRankMap | None], LowRankMap] = {}
+    mixed = [
+        n
+        for n, change in first.changes.items()
+        if type(second.changes.get(n, change)) is not type(change)
+    ]
+    if mixed:
+        raise ValueError(
+            f"{first!r} and {second!r} cannot be one edit: {mixed[0]} is changed by a map and by a "
+            "knock-out; apply the first, make the second on the edited pipeline, and apply it"
+        )
+    joined: dict[tuple[Change | None, Change | None], Change] = {}
     for name in originals:
         a, b = pair = first.changes.get(name), second.changes.get(name)
         joined[pair] = a.then(b) if a and b else a or b  # type: ignore[assignment]

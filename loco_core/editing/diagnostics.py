@@ -21,7 +21,7 @@ from torch import Tensor
 from .._warn import warn
 from .applied import before_edit
 from .closed_form import LowRankMap
-from .edit import Edit, parts_of
+from .edit import Edit, check_maps, parts_of
 from .reading import kind_of, rows_of, source_of
 from .rows import Rows, joined
 from .weights import linear_of
@@ -69,7 +69,7 @@ class Diagnostics:
 
     def rows_to_frame(self) -> pd.DataFrame:
         """A row per edited and preserved row: prompt and token, role, residual."""
-        table = []
+        table: list[tuple] = []
         for name, solve in self.solves.items():
             roles = ["edited"] * len(solve.residual) + ["preserved"] * len(solve.kept_residual)
             residual = torch.cat([solve.residual, solve.kept_residual]).tolist()
@@ -83,17 +83,20 @@ def diagnose(pipe: Any, edit: Edit) -> Diagnostics:
 
     The rows are read again from the prompts in the edit's manifest, so a loaded, scaled or composed
     edit can be examined too; if another edit changed the text encoder when this one was made, it
-    must be applied now as it was then. Raises ValueError for an edit that belongs to another model.
+    must be applied now as it was then. Raises ValueError for an edit that belongs to another model,
+    and for one that knocks out single weights, which was solved from no rows.
 
         found = loco.diagnose(pipe, edit)
         found.rows_to_frame().groupby("role").residual.max()
     """
+    check_maps(edit, "there are no rows to measure: see loco.evaluate for what it does to images")
     with before_edit(edit, pipe) as weights:
-        ranks = {change: change.rank for change in set(edit.changes.values())}
+        maps: Mapping[str, Any] = edit.changes
+        ranks = {change: change.rank for change in set(maps.values())}
         return Diagnostics(
             _solves(pipe, edit),
-            {name: change.relative_change(weights[name]) for name, change in edit.changes.items()},
-            {name: ranks[change] for name, change in edit.changes.items()},
+            {name: change.relative_change(weights[name]) for name, change in maps.items()},
+            {name: ranks[change] for name, change in maps.items()},
         )
 
 
@@ -107,6 +110,7 @@ def _solves(pipe: Any, edit: Edit) -> dict[str, Solve]:
 
     solves: dict[str, Solve] = {}
     maps: dict[str, list[LowRankMap]] = {}
+    change: Any  # a LowRankMap: `diagnose` has refused the others
     for name, change in edit.changes.items():
         source, kind = source_of(pipe, name), kind_of(name)
         known = maps.setdefault(f"{source} {kind}", [])

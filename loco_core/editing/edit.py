@@ -1,9 +1,10 @@
 """Edit: a change of some weights of one model that can be put on, taken off, saved and loaded.
 
-An edit holds, for every weight it touches, the map that changes it (one shared map for all layers,
-see `closed_form`), never the changed weights: a file of a few KB. It belongs to the weights it was
-made for and refuses others. While it is applied, `applied` keeps the originals, so that taking it
-off gives them back bit for bit.
+An edit holds, for every weight it touches, the change it makes there, never the changed weight: a
+file of a few KB. A change is a `LowRankMap` (one for all layers that read the same, see
+`closed_form`) or a `Knockout` of single entries. An edit belongs to the weights it was made for and
+refuses others. While it is applied, `applied` keeps the originals, so that taking it off gives them
+back bit for bit.
 """
 
 from __future__ import annotations
@@ -15,29 +16,49 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .._warn import warn
-from ..records import Provenance, atomic_write, model_name, revision, same, versions
+from ..records import Provenance, model_name, revision, same, versions
+from . import edit_file
 from .applied import newest, stacks
 from .closed_form import LowRankMap
-from .weights import fingerprint, linear_of, module_of
+from .weights import editable, fingerprint, module_of
 
-__all__ = ["Edit"]
+__all__ = ["Change", "Edit"]
 
-FORMAT = 2
-MANIFEST = "loco_core.edit"
+
+class Change(Protocol):
+    """What an edit does to one weight W: `closed_form.LowRankMap` or `knockout.Knockout`.
+
+    A frozen dataclass of CPU tensors and JSON values, hashable, equal bit for bit.
+    """
+
+    def check(self, weight: Tensor) -> None:
+        """Raise ValueError unless it is for weights of this shape."""
+
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """W', in the dtype and on the device of W."""
+
+    def relative_change(self, weight: Tensor) -> float:
+        """||W' - W|| / ||W||."""
+
+    def scaled(self, scale: float) -> Change:
+        """The change W + scale (W' - W)."""
+
+    def then(self, second: Any) -> Change:
+        """This change and then another of the same kind."""
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """A change of the weights of one model, made by `loco_core.locoedit` and its kin.
 
-    changes: weight name, from the pipeline down ("unet. ... .attn2.to_k.weight") -> its map.
-    originals: weight name -> fingerprint of the weight that the map is for. provenance: model,
+    changes: weight name, from the pipeline down ("unet. ... .attn2.to_k.weight") -> its
+    change. originals: weight name -> fingerprint of the weight that it is for. provenance: model,
     fingerprint of all of them, settings of the method, versions.
     Edits are equal when all three are, bit for bit.
 
@@ -46,7 +67,7 @@ class Edit:
             images = loco.generate(pipe, concept.prompts)
     """
 
-    changes: Mapping[str, LowRankMap]
+    changes: Mapping[str, Change]
     originals: Mapping[str, str]
     provenance: Provenance
 
@@ -89,7 +110,7 @@ class Edit:
         """
         if scale == 1:
             return self
-        scaled = {m: m.scaled(scale) for m in set(self.changes.values())}
+        scaled = {change: change.scaled(scale) for change in set(self.changes.values())}
         settings = {**self.provenance.settings, "scale": self.scale * float(scale)}
         return Edit(
             {name: scaled[change] for name, change in self.changes.items()},
@@ -126,13 +147,13 @@ class Edit:
     def apply(self, pipe: Any) -> None:
         """Edit the weights of `pipe` in place, keeping the originals for `revert`.
 
-        Each new weight has the pipeline's dtype and device; see `LowRankMap.apply_to` for how
-        exactly it is computed.
+        Each new weight has the pipeline's dtype and device; see the `apply_to` of its change for
+        how exactly it is computed.
         Raises ValueError, and leaves the pipeline as it was, if the edit is already applied, was
         made for other weights, meets a fused, quantised or adapter-wrapped projection, or if a
         result overflows the dtype. Warns if no weight changes by a single bit.
         """
-        modules = {name: linear_of(pipe, name) for name in self.changes}
+        modules = {name: editable(pipe, name) for name in self.changes}
         others = {edit for module in modules.values() for edit, _ in stacks.get(module, [])}
         if self in others:
             raise ValueError(
@@ -161,7 +182,8 @@ class Edit:
             if not changed:
                 warn(
                     f"{self!r} changes nothing: its prompts and targets have the same embeddings, "
-                    "its scale is 0, or lam is too large for the dtype of the pipeline",
+                    "its scale is 0, lam is too large for the dtype of the pipeline, or the "
+                    "weights it knocks out are 0 already",
                 )
         except BaseException:  # Ctrl-C too, and a warning made an error: no half-applied edit
             self._restore([module for module in modules.values() if newest(module) == self])
@@ -191,19 +213,7 @@ class Edit:
 
         Whole or not at all; raises OSError naming the path if the disk is full or read-only.
         """
-        from safetensors.torch import save
-
-        maps = list(dict.fromkeys(self.changes.values()))
-        tensors = {f"{i}.{part}": getattr(m, part) for i, m in enumerate(maps) for part in "DR"}
-        manifest = {
-            "format": FORMAT,
-            "weights": {name: maps.index(change) for name, change in self.changes.items()},
-            "originals": dict(self.originals),
-            "provenance": dataclasses.asdict(self.provenance),
-        }
-        manifest["sha256"] = _seal(manifest, tensors)
-        text = json.dumps(manifest, ensure_ascii=False, sort_keys=True)
-        atomic_write(path, save(tensors, metadata={MANIFEST: text}))
+        edit_file.write(path, self.changes, self.originals, self.provenance)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -212,42 +222,11 @@ class Edit:
         Raises FileNotFoundError if there is none, and ValueError with the path and the reason if
         the file is damaged or no edit.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no edit is saved at {path}: write one with edit.save(path)")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if MANIFEST not in metadata:
-                raise ValueError(f"it has no {MANIFEST!r} in its metadata, so it is no edit")
-            manifest = json.loads(metadata[MANIFEST])
-            if manifest["format"] != FORMAT:
-                raise ValueError(
-                    f"its format is {manifest['format']!r}, this version reads {FORMAT}"
-                )
-            if manifest.pop("sha256") != _seal(manifest, tensors):
-                raise ValueError("its contents do not match their checksum")
-            maps = [
-                LowRankMap(tensors[f"{i}.D"], tensors[f"{i}.R"]) for i in range(len(tensors) // 2)
-            ]
-            changes = {name: maps[i] for name, i in manifest["weights"].items()}
-            return cls(changes, manifest["originals"], Provenance(**manifest["provenance"]))
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"cannot load an edit from {path}: {error}; make the edit again and save it"
-            ) from error
+        return cls(*edit_file.read(path))
 
     def check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
         """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
-        for name, weight in weights.items():
-            if weight.shape[1] != self.changes[name].width:
-                raise ValueError(
-                    f"{self!r} edits weights with {self.changes[name].width} columns, but {name} "
-                    f"of this {model_name(pipe)} has {weight.shape[1]}: it is another model"
-                )
+        self._check_fits(pipe, weights)
         found = {name: fingerprint(weight) for name, weight in weights.items()}
         wrong = [name for name, mark in self.originals.items() if found[name] != mark]
         if wrong:
@@ -255,6 +234,15 @@ class Edit:
                 f"{self!r} was made for other weights than those of this {model_name(pipe)} "
                 f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {fix}"
             )
+
+    def _check_fits(self, pipe: Any, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            try:
+                self.changes[name].check(weight)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self!r} does not fit {name} of this {model_name(pipe)}: {error}"
+                ) from None
 
     def _restore(self, modules: list[nn.Module]) -> None:
         for module in modules:
@@ -264,13 +252,14 @@ class Edit:
             stacks[module].pop()
 
 
-def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> Edit:
-    """An Edit of `changes` (weight name -> map) that belongs to the weights `pipe` has now.
+def make_edit(pipe: Any, changes: Mapping[str, Change], **settings: Any) -> Edit:
+    """An Edit of `changes` (weight name -> change) that belongs to the weights `pipe` has now.
 
-    settings: how it was made (JSON values). Raises ValueError for a name that is no plain linear
-    weight of the pipeline, or whose weight holds NaN or infinite values.
+    settings: how it was made (JSON values). Raises ValueError for a name that is no plain weight
+    of the pipeline, for a weight that its change does not fit, or that holds NaN or infinite
+    values.
     """
-    weights = {name: linear_of(pipe, name).weight for name in changes}
+    weights = {name: editable(pipe, name).weight for name in changes}
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(
@@ -284,7 +273,9 @@ def make_edit(pipe: Any, changes: Mapping[str, LowRankMap], **settings: Any) -> 
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
     )
-    return Edit(dict(changes), originals, made)
+    edit = Edit(dict(changes), originals, made)
+    edit._check_fits(pipe, weights)
+    return edit
 
 
 def parts_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -294,16 +285,17 @@ def parts_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [settings] if "concepts" in settings else []
 
 
+def check_maps(edit: Edit, reason: str) -> None:
+    """Raise ValueError, which ends in `reason`, if the edit is more than a closed-form one."""
+    sparse = [n for n, change in edit.changes.items() if not isinstance(change, LowRankMap)]
+    if sparse:
+        raise ValueError(
+            f"{edit!r} knocks out single entries of {len(sparse)} weights, such as {sparse[0]}, "
+            f"and {reason}"
+        )
+
+
 def joint(originals: Mapping[str, str]) -> str:
     """One fingerprint of the fingerprints of several weights."""
     text = json.dumps(sorted(originals.items()))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _seal(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a manifest without its seal and of the tensors it describes."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..records import atomic_write, model_name
 from .applied import original_of
 from .closed_form import LowRankMap
-from .edit import MANIFEST, Edit
+from .edit import Edit, check_maps
+from .edit_file import MANIFEST
 
 __all__ = ["factors", "save_lora"]
 
@@ -41,16 +42,18 @@ def save_lora(edit: Edit, path: str | Path, pipe: Any) -> None:
     pipeline that loads them. The metadata say under "loco_core.edit" what the edit was made from;
     `Edit.load` refuses the file, so keep that of `edit.save` too. Whole or not at all.
 
-    Raises ValueError for another model or other weights, projections that are fused, quantised or
-    have a LoRA already, and a pipeline that cannot load one for these weights; OSError naming the
-    path if the disk is full or read-only. While it loads the file, diffusers logs "No LoRA keys"
-    for each component that the edit does not change, which is as it should be.
+    Raises ValueError for an edit that knocks out single weights, another model or other weights,
+    projections that are fused, quantised or have a LoRA already, and a pipeline that cannot load
+    one for these weights; OSError naming the path if the disk is full or read-only. While it loads
+    the file, diffusers logs "No LoRA keys" for each component that the edit does not change, which
+    is as it should be.
 
         save_lora(edit, "no_van_gogh.safetensors", pipe)
         pipe.load_lora_weights("no_van_gogh.safetensors", adapter_name="no_van_gogh")
         pipe.set_adapters("no_van_gogh", 0.5)       # the same images as edit.scaled(0.5)
         pipe.unload_lora_weights()
     """
+    check_maps(edit, "a LoRA adds a matrix of low rank: use edit.save(path)")
     _check_loadable(edit, pipe)
     weights = {name: original_of(pipe, name) for name in edit.changes}
     edit.check_made_for(
@@ -62,7 +65,8 @@ def save_lora(edit: Edit, path: str | Path, pipe: Any) -> None:
     tensors, ranks = {}, {}
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
-        A, B = factors(edit.changes[name], weight)
+        change: Any = edit.changes[name]
+        A, B = factors(change, weight)
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = A, B
         ranks[name] = len(A)
     _write(path, tensors, edit, ranks)

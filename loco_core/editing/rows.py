@@ -79,7 +79,7 @@ def gather(
     tokenizer = family.tokenizer(pipe)
     keys, targets, labels = [], [], []
     for concept in concepts:
-        now, then = read(concept.prompts), read(concept.target)
+        now, then = read(concept.prompts), read(concept.target or ())
         for i, prompt in enumerate(concept.prompts):
             first, last = family.subject_span(pipe, prompt, concept.name)
             pairs = _aligned(now.tokens[i], then.tokens[i], first, last, tokenizer, tokens)
@@ -89,9 +89,8 @@ def gather(
                     targets.append(then.embeds[i, target])
                     labels.append(_label(tokenizer, prompt, now.tokens[i], key))
     kept, kept_labels = _held(read, tokenizer, preserve, tokens)
-    if null_space is None:
-        exact = []
-    else:
+    exact: list[Tensor] = []
+    if null_space is not None:
         empty = read([""])
         exact, _ = _held(read, tokenizer, null_space, tokens)
         exact += [x for t, x in enumerate(empty.embeds[0]) if _readable(empty, 0, t)]
@@ -108,16 +107,17 @@ def gather(
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """All rows of several solves."""
-    return Rows(
-        *(torch.cat([getattr(p, x) for p in parts]) for x in ("keys", "targets", "kept", "exact")),
-        labels=tuple(label for p in parts for label in p.labels),
-        kept_labels=tuple(label for p in parts for label in p.kept_labels),
+    keys, targets, kept, exact = (
+        torch.cat([getattr(p, x) for p in parts]) for x in ("keys", "targets", "kept", "exact")
     )
+    labels = tuple(label for p in parts for label in p.labels)
+    kept_labels = tuple(label for p in parts for label in p.kept_labels)
+    return Rows(keys, targets, kept, exact, labels, kept_labels)
 
 
 def several(concept: Concept | Sequence[Concept]) -> list[Concept]:
     """`concept` as a list. Raises TypeError for anything that is no Concept."""
-    listed = list(concept) if isinstance(concept, list | tuple) else [concept]
+    listed: list[Any] = list(concept) if isinstance(concept, list | tuple) else [concept]
     for item in listed:
         if not isinstance(item, Concept):
             raise TypeError(f"concept must be a loco.Concept, not {item!r}: see loco.concepts")
@@ -203,7 +203,8 @@ def _held(
     read: Callable[[Sequence[str]], TextStates], tokenizer: Any, prompts: Sequence[str], tokens: str
 ) -> tuple[list[Tensor], list[str]]:
     """What is read of the words and EOS of `prompts`, and of padding if that is edited too."""
-    rows, labels = [], []
+    rows: list[Tensor] = []
+    labels: list[str] = []
     if not len(prompts):
         return rows, labels
     prompts = checked_prompts(prompts)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..families.base import plain
 from ..records import model_name
 
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def module_of(pipe: Any, name: str) -> nn.Module:
     """The module that holds the weight `name`. Raises ValueError if the pipeline has none."""
@@ -24,8 +26,8 @@ def module_of(pipe: Any, name: str) -> nn.Module:
         ) from None
 
 
-def linear_of(pipe: Any, name: str) -> nn.Linear:
-    """The linear module whose weight is `name`.
+def editable(pipe: Any, name: str) -> nn.Module:
+    """The linear or convolution whose weight is `name`.
 
     Raises ValueError with the reason and the fix if it cannot be edited: fused, wrapped by an
     adapter, quantised or offloaded.
@@ -41,16 +43,26 @@ def linear_of(pipe: Any, name: str) -> nn.Linear:
         raise ValueError(
             f"{name} is wrapped by a LoRA adapter: call pipe.unload_lora_weights() first"
         )
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or type(weight) is not nn.Parameter:
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(module, PLAIN) or type(weight) is not nn.Parameter:
         raise ValueError(
             f"{name} belongs to a {type(module).__name__} and holds a {type(weight).__name__}: "
-            "only a plain nn.Linear can be edited; load the pipeline unquantised"
+            "only a plain nn.Linear or convolution can be edited; load the pipeline unquantised"
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise ValueError(f"{name} is quantised to {weight.dtype}: load the pipeline unquantised")
     if weight.device.type == "meta":
         raise ValueError(f"{name} is offloaded: load the pipeline without sequential CPU offload")
+    return module
+
+
+def linear_of(pipe: Any, name: str) -> nn.Linear:
+    """The linear module whose weight is `name`. Errors as `editable`, and for a convolution."""
+    module = editable(pipe, name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name} belongs to a {type(module).__name__}: only an nn.Linear reads embeddings"
+        )
     return module
 
 
