@@ -6,13 +6,19 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from loco_core.display import contact_sheet, image_grid, score_curve, window_slider
+from loco_core.concepts import Concept
+from loco_core.display import contact_sheet, effect_figure, image_grid, score_curve, window_slider
 from loco_core.display.widgets import data_uri
+from loco_core.localization.causal_trace import CausalTrace
+from loco_core.localization.sites import KINDS, PARTS, Site
+from loco_core.records import Provenance
 
 LABELS = ["layers 0, 1", "layers 1, 2", 'layers "2", 3']
 
@@ -85,6 +91,15 @@ def test_live_slider_shows_the_frame_it_is_moved_to(frames):
     assert slider.frames[2].source in picture.value
 
 
+def test_slider_names_the_rows_and_columns_of_its_sheets(frames):
+    named = window_slider(frames, LABELS, "squares", rows=["one"], columns=["left", "<right>"])
+    plain = window_slider(frames, LABELS, "squares", columns=2)
+    assert [f.source for f in named.frames] == [f.source for f in plain.frames]
+    for text in (named.to_html(), named.live().children[0].value):
+        assert all(f"<span>{name}</span>" in text for name in ("one", "left", "&lt;right&gt;"))
+    assert "<span>left" not in plain.to_html()
+
+
 def test_without_a_kernel_the_output_is_html_only(frames):
     bundle = window_slider(frames, LABELS, "two squares")._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html"}
@@ -140,6 +155,107 @@ def test_score_curve_draws_mean_band_and_found_window_on_labelled_axes():
 def test_score_curve_refuses_numbers_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         score_curve(**arguments)
+
+
+def causal_trace(where: str, names: list[str], tokens: list[int | None]) -> CausalTrace:
+    """A trace of made-up scores: three prompts, two seeds."""
+    groups = tuple((Site(name, kind_of(name), token),) for name in names for token in tokens)
+    scores = torch.rand(len(groups), 3, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    concept = Concept("Monet", "style", ["a house by Monet"], ["a house"])
+    clean, corrupted = torch.ones(3, 2).double(), torch.full((3, 1, 2), 0.5).double()
+    made = Provenance("made up", None, "0")
+    return CausalTrace(concept, where, groups, scores, clean, corrupted, None, made)
+
+
+def kind_of(name: str) -> str:
+    return {**KINDS, **PARTS}[next(p for p in name.split(".")[::-1] if not p.isdigit())]
+
+
+def encoder_sites(layers: dict[str, int]) -> list[str]:
+    return [
+        f"{path}.encoder.layers.{layer}.{part}"
+        for path, count in layers.items()
+        for layer in range(count)
+        for part in PARTS
+    ]
+
+
+def unet_sites(blocks: dict[str, int]) -> list[str]:
+    return [
+        f"{block}.{site}"
+        for block, count in blocks.items()
+        for k in range(count)
+        for site in (f"resnets.{k}", f"attentions.{k}.attn1", f"attentions.{k}.attn2")
+    ]
+
+
+def text_boxes(figure, axis) -> list[list]:
+    """Of each axis, the boxes of the labels that are drawn."""
+    figure.canvas.draw()
+    return [
+        [label.get_window_extent() for label in labels if label.get_text()]
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens"),
+    [({"text_encoder": 4}, 9), ({"text_encoder": 12, "text_encoder_2.text_model": 32}, 30)],
+    ids=["mini", "SD-XL"],
+)
+def test_maps_of_a_text_trace_stand_below_each_other_with_labels_that_do_not_touch(layers, tokens):
+    trace = causal_trace("text_encoder", encoder_sites(layers), list(range(-3, tokens - 3)))
+    figure = effect_figure(trace, threshold=0.1)
+    *maps, _ = figure.axes
+    assert [axis.get_title() for axis in maps] == ["self-attention", "MLP"]
+    above, below = (axis.get_position() for axis in maps)
+    assert above.y0 > below.y1 and above.x0 == pytest.approx(below.x0)
+    for axis in maps:
+        for boxes in text_boxes(figure, axis):
+            assert len(boxes) >= 4
+            assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    marks = sum(text.get_text() == "*" for axis in maps for text in axis.texts)
+    assert marks == len(trace.causal(0.1)) > 0
+
+
+def test_a_text_trace_of_one_token_is_one_map_of_layer_and_kind():
+    trace = causal_trace("text_encoder", encoder_sites({"text_encoder": 4}), [0])
+    one, _ = effect_figure(trace, threshold=0.1).axes
+    kinds = [label.get_text() for label in one.get_xticklabels()]
+    assert kinds == ["self-attention", "MLP"] and "at token 0" in one.get_xlabel()
+    drawn = one.collections[0].get_array().reshape(4, 2).T.flatten()
+    by_kind = [i for kind in kinds for i, site in enumerate(trace.sites) if site.kind == kind]
+    assert drawn.tolist() == pytest.approx(trace.effects[by_kind].tolist())
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"down_blocks.0": 3, "mid_block": 2, "up_blocks.0": 3},
+        {f"{b}_blocks.{i}": 12 for b in ("down", "up") for i in range(3)} | {"mid_block": 3},
+    ],
+    ids=["24 sites", "225 sites"],
+)
+def test_bars_of_a_unet_trace_name_every_block_without_touching_and_draw_every_site(blocks):
+    names = unet_sites(blocks)
+    figure = effect_figure(causal_trace("unet", names, [None]), threshold=0.4)
+    (axis,) = figure.axes
+    heights = sorted(
+        (bar.get_x(), bar.get_height())
+        for c in axis.containers
+        if hasattr(c, "patches")
+        for bar in c
+    )
+    trace = causal_trace("unet", names, [None])
+    assert [height for _, height in heights] == pytest.approx(trace.effects.tolist())
+    boxes, _ = text_boxes(figure, axis)
+    assert len(boxes) == len(blocks) and not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def test_score_curve_of_seventy_layers_has_labels_that_do_not_touch():
+    figure = score_curve(np.arange(69.0), found=40)
+    boxes, _ = text_boxes(figure, figure.axes[0])
+    assert len(boxes) >= 10 and not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_image_grid_labels_rows_and_columns_and_keeps_pixels_crisp():

@@ -1,15 +1,24 @@
-"""SHOW it: figures and the window slider. No kernel of the library imports this wing."""
+"""SHOW it: figures, the window slider and explorers. No kernel of the library imports this wing."""
 
+from .choices import any_of, one_of
 from .edits import interference_map, trade_off
+from .explore import Explorer, explore
+from .explorers import edit_explorer, routing_matrix
 from .plots import contact_sheet, effect_figure, image_grid, score_curve
 from .widgets import WindowSlider, window_slider
 
 __all__ = [
+    "Explorer",
     "WindowSlider",
+    "any_of",
     "contact_sheet",
+    "edit_explorer",
     "effect_figure",
+    "explore",
     "image_grid",
     "interference_map",
+    "one_of",
+    "routing_matrix",
     "score_curve",
     "trade_off",
     "window_slider",

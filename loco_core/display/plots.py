@@ -53,7 +53,7 @@ def score_curve(
             raise ValueError(f"score_curve: {name}={value} is not a window; choose 0..{len(a) - 1}")
         axis.axvline(value, color=color, linestyle=line, label=f"{name}: {value}")
     axis.set(xlabel="window (index of its first text layer)", ylabel=ylabel, title=title)
-    axis.set_xticks(window)
+    axis.set_xticks(_thinned(window, 20))
     axis.legend(loc="best")
     plt.close(figure)
     return figure
@@ -135,7 +135,8 @@ def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:
 
 def effect_figure(trace: Any, threshold: float | None = None, *, title: str = "") -> Figure:
     """Effects of a causal trace (arXiv 2310.13730, section 3): bars along a UNet, each with its
-    95 % interval, or for text encoders a map of layer and token for each kind of site.
+    95 % interval; for text encoders a map of layer and token for each kind of site, or of layer
+    and kind if a single token was traced.
 
     trace: a `CausalTrace`. threshold: drawn as a line, in a map as a mark on the causal sites.
 
@@ -152,19 +153,28 @@ def effect_figure(trace: Any, threshold: float | None = None, *, title: str = ""
 
 
 def _effect_bars(frame: Any, threshold: float | None) -> Figure:
-    figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
     kinds = list(dict.fromkeys(frame["kind"]))
     for kind, color in zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True):
         part = frame[frame["kind"] == kind]
         ends = part["effect"] - part["low"], part["high"] - part["effect"]
-        errors = np.clip(ends, 0, None)
-        axis.bar(part.index, part["effect"], yerr=errors, color=color, ecolor="0.5", label=kind)
+        axis.bar(
+            part.index, part["effect"], yerr=np.clip(ends, 0, None), width=1, edgecolor="none",
+            color=color, ecolor="0.4", error_kw={"elinewidth": min(1.2, 90 / len(frame))},
+            label=kind,
+        )  # fmt: skip
     if threshold is not None:
         axis.axhline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
-    blocks = frame["site"].str.extract(r"^(\w+_blocks\.\d+|\w+)")[0].drop_duplicates()
-    axis.set_xticks(blocks.index, blocks, rotation=30, ha="right")
-    axis.set(xlabel="site, in the order they run", ylabel="effect (restored - corrupted)")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    block = frame["site"].str.extract(r"^(\w+_blocks\.\d+|\w+)")[0]
+    starts = block.drop_duplicates().index.to_numpy()
+    for start in starts[1:]:
+        axis.axvline(start - 0.5, color="0.8", linewidth=1, zorder=0)
+    middles = (starts + np.append(starts[1:], len(frame)) - 1) / 2
+    axis.set_xticks(middles, block[starts].str.replace("_blocks.", " ").str.replace("_block", ""))
+    axis.grid(False, axis="x")
+    axis.set(xlabel="block, its sites in the order they run", xlim=(-1, len(frame)))
+    axis.set_ylabel("effect (restored - corrupted)")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -172,18 +182,41 @@ def _effect_maps(frame: Any, threshold: float | None) -> Figure:
     kinds = list(dict.fromkeys(frame["kind"]))
     layer = frame["site"].str.replace(r"\.\w+$", "", regex=True)
     layer = layer.str.replace(r"\.(?:text_model\.)?encoder\.layers\.", " ", regex=True)
+    encoders = layer.str.rsplit(" ", n=1).str[0].unique()
+    if len(encoders) == 1:
+        layer = layer.str.rsplit(" ", n=1).str[-1]
     order, most = list(dict.fromkeys(layer)), frame["effect"].abs().max()
-    size = (2.2 + len(kinds) * (1.2 + 0.45 * frame["token"].nunique()), 1.4 + 0.3 * len(order))
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        part = frame[frame["kind"] == kind].assign(layer=layer)
-        table = part.pivot(index="layer", columns="token", values="effect").loc[
+    frame, tokens = frame.assign(layer=layer), list(frame["token"].unique())
+    if len(tokens) == 1:  # the kinds side by side
+        label, parts, across = f"at token {tokens[0]} (0: last of the subject)", {"": frame}, "kind"
+    else:
+        label, across = "token (0: last of the subject)", "token"
+        parts = {kind: frame[frame["kind"] == kind] for kind in kinds}
+    row = 0.3 if len(order) <= 20 else 0.15
+    size = (7 if len(tokens) > 1 else 5, 0.6 + len(parts) * (0.9 + row * len(order)))
+    figure, axes = plt.subplots(len(parts), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, part) in zip(axes[:, 0], parts.items(), strict=True):
+        table = part.pivot(index="layer", columns=across, values="effect").loc[
             [each for each in order if each in set(part["layer"])]
         ]
+        table = table[kinds] if across == "kind" else table
         marks = None if threshold is None else np.where(table >= threshold, "*", "")
         sns.heatmap(
-            table, ax=axis, cmap="vlag", vmin=-most, vmax=most, annot=marks, fmt="",
-            cbar=axis is axes[0, -1], cbar_kws={"label": "effect (restored - corrupted)"},
+            table, ax=axis, cmap="vlag", vmin=-most, vmax=most, annot=marks, fmt="", cbar=False,
+            xticklabels=False, yticklabels=False,
         )  # fmt: skip
-        axis.set(title=kind, xlabel="token (0: last of the subject)", ylabel="")
+        for ticks, labels in ((axis.set_xticks, table.columns), (axis.set_yticks, table.index)):
+            shown = _thinned(np.arange(len(labels)), 24)
+            ticks(shown + 0.5, labels[shown], rotation=0)
+        axis.set(title=title, xlabel="", ylabel="layer" if len(encoders) == 1 else "")
+    axes[-1, 0].set_xlabel(label)
+    figure.colorbar(
+        axes[0, 0].collections[0], ax=axes[:, 0], label="effect (restored - corrupted)",
+        fraction=0.04, shrink=min(1, 4 / size[1]),
+    )  # fmt: skip
     return figure
+
+
+def _thinned(ticks: NDArray, most: int) -> NDArray:
+    """Every n-th of the ticks, so that at most `most` are labelled."""
+    return ticks[:: -(-len(ticks) // most)]

@@ -36,19 +36,32 @@ class Frame:
     label: str
     alt: str
 
+    def to_html(self, width: int, hidden: bool = False) -> str:
+        """The image, `width` CSS pixels wide where there is room for it."""
+        shown = "none" if hidden else "block"
+        return (
+            f'<img class="dark-light" src="{self.source}" alt="{html.escape(self.alt)}" '
+            f'data-label="{html.escape(self.label)}" style="display:{shown};'
+            f'margin:0;width:{width}px;max-width:100%;image-rendering:pixelated">'
+        )
+
 
 @dataclass(frozen=True)
 class WindowSlider:
-    """What `window_slider` returns; a notebook shows it. `width` is in CSS pixels."""
+    """What `window_slider` returns; a notebook shows it. `width` is in CSS pixels. rows, columns:
+    what stands beside and above every image, or nothing."""
 
     frames: tuple[Frame, ...]
     name: str
     start: int
     width: int
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def to_html(self) -> str:
         """The static twin, self-contained."""
         images = "".join(self._image(k, hidden=k != self.start) for k in range(len(self.frames)))
+        images = labelled(images, self.rows, self.columns, self.width)
         first = self.frames[self.start]
         name, label = html.escape(self.name), html.escape(first.label)
         return (
@@ -68,28 +81,25 @@ class WindowSlider:
         """The ipywidgets twin (a VBox); needs a kernel. ModuleNotFoundError without ipywidgets."""
         import ipywidgets
 
-        picture = ipywidgets.HTML(self._image(self.start))
+        def picture_of(index: int) -> str:
+            return labelled(self._image(index), self.rows, self.columns, self.width)
+
+        picture = ipywidgets.HTML(picture_of(self.start))
         slider = ipywidgets.SelectionSlider(
             options=[(frame.label, k) for k, frame in enumerate(self.frames)],
             value=self.start,
             description=self.name,
             layout={"width": f"{max(self.width, 360)}px"},
         )
-        slider.observe(lambda change: setattr(picture, "value", self._image(change.new)), "value")
+        slider.observe(lambda change: setattr(picture, "value", picture_of(change.new)), "value")
         return ipywidgets.VBox([picture, slider])
 
     def _image(self, index: int, hidden: bool = False) -> str:
-        frame = self.frames[index]
-        shown = "none" if hidden else "block"
-        return (
-            f'<img class="dark-light" src="{frame.source}" alt="{html.escape(frame.alt)}" '
-            f'data-label="{html.escape(frame.label)}" style="display:{shown};'
-            f'margin:0;width:{self.width}px;max-width:100%;image-rendering:pixelated">'
-        )
+        return self.frames[index].to_html(self.width, hidden)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.to_html()}
-        return self.live()._repr_mimebundle_() | bundle if _kernel_is_there() else bundle
+        return self.live()._repr_mimebundle_() | bundle if kernel_is_there() else bundle
 
     def __repr__(self) -> str:
         return f"WindowSlider({len(self.frames)} frames, {self.name!r})"
@@ -102,15 +112,16 @@ def window_slider(
     *,
     name: str = "window",
     start: int = 0,
-    columns: int | None = None,
+    columns: int | Sequence[str] | None = None,
+    rows: Sequence[str] = (),
     scale: int = 2,
 ) -> WindowSlider:
     """A slider over images, one per window: live with a kernel, static without.
 
     frames: per position an image [3, H, W] in [0, 1], or several [..., 3, H, W], shown as a contact
-    sheet of `columns`. labels: what each position is called. alt: what each image shows, or one
-    text for all, to which the label is added. start: position shown first. scale: CSS pixels per
-    image pixel, crisp.
+    sheet of `columns`, a number or their headings; rows: names of its rows. labels: what each
+    position is called. alt: what each image shows, or one text for all, and the label is added.
+    start: position shown first. scale: CSS pixels per image pixel, crisp.
 
         slider = window_slider(np.random.rand(15, 4, 3, 64, 64), [f"layers {j}, {j + 1}"
                                for j in range(15)], alt="four stars with one window swapped")
@@ -128,13 +139,33 @@ def window_slider(
         raise ValueError(f"window_slider: start={start}; choose 0..{len(frames) - 1}")
     if not isinstance(scale, int) or scale < 1:
         raise ValueError(f"window_slider: scale={scale!r}; give a whole number, at least 1")
-    sheets = [contact_sheet(frame, columns) for frame in frames]
+    count = columns if columns is None or isinstance(columns, int) else len(columns)
+    sheets = [contact_sheet(frame, count) for frame in frames]
     positions = zip(sheets, labels, texts, strict=True)
     return WindowSlider(
         frames=tuple(Frame(data_uri(sheet), label, text) for sheet, label, text in positions),
         name=name,
         start=start,
         width=max(sheet.shape[-1] for sheet in sheets) * scale,
+        rows=tuple(rows),
+        columns=() if columns is None or isinstance(columns, int) else tuple(columns),
+    )
+
+
+def labelled(
+    content: str, rows: Sequence[str] = (), columns: Sequence[str] = (), width: int = 320
+) -> str:
+    """HTML of a contact sheet, `width` CSS pixels wide, with names of its rows and columns."""
+    if not rows and not columns:
+        return content
+    heads, sides = ("".join(f"<span>{html.escape(t)}</span>" for t in x) for x in (columns, rows))
+    return (
+        f'<div style="display:grid;grid-template-columns:auto minmax(0,{width}px);'
+        'justify-content:start;gap:.3em .6em;font-size:.8em;line-height:1.25">'
+        f'<span></span><div style="display:grid;grid-template-columns:repeat({len(columns) or 1},'
+        f'minmax(0,1fr));gap:4px;text-align:center;align-items:end">{heads}</div>'
+        f'<div style="display:grid;grid-auto-rows:1fr;align-items:center;text-align:right">{sides}'
+        f"</div><div>{content}</div></div>"
     )
 
 
@@ -158,7 +189,8 @@ def _encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _kernel_is_there() -> bool:
+def kernel_is_there() -> bool:
+    """Whether a notebook's kernel shows what is displayed, and can show widgets."""
     try:
         import ipywidgets  # noqa: F401
         from IPython import get_ipython
