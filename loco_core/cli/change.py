@@ -1,0 +1,192 @@
+"""Commands that change: make an edit, hand it on as a LoRA, and ask what it does."""
+
+import inspect
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, BadParameter, Option
+
+import loco_core as loco
+
+from . import options as o
+from .command import Work, command
+from .report import Report, rows_of, save_sheet
+
+METHODS = {
+    "locoedit": "locoedit",
+    "uce": "uce",
+    "time": "time_edit",
+    "quickfix": "diff_quickfix",
+}
+ASPECTS = ("efficacy", "generality", "specificity")
+
+EditPath = Annotated[str, Argument(metavar="EDIT", help="The folder or file of an edit.")]
+
+
+@command(
+    'loco edit mini-sd --concept "style:Mira Holt" --window-from found --lam 20 '
+    "--preserve-neutral --out gone"
+)
+def edit(
+    work: Work,
+    method: Annotated[
+        Literal["locoedit", "uce", "time", "quickfix"], Option(help="How.")
+    ] = "locoedit",
+    concept: o.ConceptOrNone = None,
+    layers: o.Layers = None,
+    window_from: o.WindowFrom = None,
+    lam: Annotated[float | None, Option(help="The smaller, the stronger; see the book.")] = None,
+    tokens: Annotated[
+        Literal["last", "eos", "following", "all"] | None, Option(help="Which are edited.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        Option(help="Read instead: neutral (the twins), target (the concept's), or prompts."),
+    ] = None,
+    preserve: o.Preserve = None,
+    preserve_neutral: Annotated[
+        bool, Option("--preserve-neutral", help="Keep the neutral twins too.")
+    ] = False,
+    preserve_name: Annotated[
+        list[str] | None, Option(help="Keep the prompts with this name instead; repeatable.")
+    ] = None,
+    prompts: o.Prompts = 12,
+) -> Report:
+    """Make an edit that removes a concept.
+
+    After it the model reads the concept as its neutral twin, or as the target. No image is made.
+
+    Writes edit.safetensors, for `loco generate --edit`, `loco evaluate` and `loco lora`.
+    """
+    chosen, meant = o.located(work.pipe, layers, window_from)
+    meant = meant if concept is None else o.concept_of(work.pipe, concept, prompts)
+    if meant is None:
+        raise BadParameter("name a --concept, or a --window-from whose concept is meant")
+    kept = o.lines(preserve or ()) + list(meant.neutral if preserve_neutral else ())
+    kept += meant.renamed(preserve_name) if preserve_name else ()
+    asked = {
+        "layers": chosen,
+        "lam": lam,
+        "tokens": tokens,
+        "preserve": kept or None,
+        "target": target and (target[0] if target in (["neutral"], ["target"]) else target),
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    made = _fitting(method, asked)(work.pipe, meant, **asked)
+    made.save(work.folder / "edit.safetensors")
+    seen = loco.diagnose(work.pipe, made)
+    weights = rows_of(seen.to_frame().reset_index())
+    left = seen.rows_to_frame().groupby("role")["residual"].max().to_dict()
+    return Report(
+        {"edit": repr(made), **{f"largest residual, {role}": left[role] for role in left}},
+        {"weights": weights},
+    )
+
+
+@command("loco evaluate mini-sd gone --seeds 0 --steps 8 --no-rivals --out judged", sweeps=True)
+def evaluate(
+    work: Work,
+    edit: Annotated[
+        list[str], Argument(metavar="EDIT...", help="Folders or files of edits; one has rivals.")
+    ],
+    concept: o.ConceptOrNone = None,
+    probes: Annotated[
+        str | None, Option(help="JSON or YAML list of probes (loco_core.evaluation.probes.Probe).")
+    ] = None,
+    rivals: Annotated[
+        bool, Option(help="Compare one edit with all layers and a random window.")
+    ] = True,
+    seeds: o.Seeds = "0-1",
+    steps: o.Steps = 25,
+    guidance: o.Guidance = 7.5,
+    prompts: o.Prompts = 12,
+    clip: o.ClipName = None,
+    batch_size: o.Batch = 16,
+) -> Report:
+    """Measure what edits do and what they cost.
+
+    On prompts that they were not made from.
+
+    On a mini a judge says what is in a picture, elsewhere CLIP-Score. Writes the evaluation and
+    images.png: a row per edit, the first without any, an image per group of probes.
+    """
+    edits = {_name(path): o.load_edit(path) for path in edit}
+    if len(edits) < len(edit):
+        raise ValueError(f"two of the edits have one name: {', '.join(edit)}; rename a folder")
+    first = next(iter(edits.values()))
+    meant = _concept_of(first) if concept is None else o.concept_of(work.pipe, concept, prompts)
+    found = loco.evaluate(
+        work.pipe, first if len(edits) == 1 else edits, meant,
+        probes=None if probes is None else _probes(probes), rivals=rivals,
+        clip=None if clip is None else o.load_clip(work.pipe, clip),
+        seeds=o.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
+        folder=work.parts,
+    )  # fmt: skip
+    found.save(work.folder)
+    save_sheet(work.folder / "images.png", found.images, found.images.shape[1])
+    summary = rows_of(found.summary().reset_index())
+    return Report(
+        {"concept": meant.name, "measure": "share, judged" if found.judged else "CLIP-Score"},
+        {"summary": summary, "groups": rows_of(found.to_frame())},
+        shown=[_short(row) for row in summary],
+    )
+
+
+@command("loco lora mini-sd gone gone-lora")
+def lora(
+    work: Work,
+    edit: EditPath,
+    out: Annotated[Path, Argument(help="Folder for the results.")],
+) -> Report:
+    """Write an edit as a LoRA.
+
+    lora.safetensors, for diffusers and whatever else reads its files.
+    """
+    made = o.load_edit(edit)
+    made.to_lora(work.folder / "lora.safetensors", work.pipe)
+    return Report({"edit": repr(made), "weights": len(made.changes), "file": "lora.safetensors"})
+
+
+def _fitting(method: str, asked: dict[str, Any]) -> Any:
+    """The library's function for `method`; refuses options that it does not take."""
+    function = getattr(loco, METHODS[method])
+    takes = inspect.signature(function).parameters
+    if wrong := [name for name in asked if name not in takes]:
+        raise BadParameter(f"--{wrong[0]} is not for --method {method}: leave it out")
+    if "layers" not in asked and takes.get("layers", inspect).default is inspect.Parameter.empty:
+        raise BadParameter(f"--method {method} needs --layers or --window-from")
+    return function
+
+
+def _name(path: str) -> str:
+    return Path(path).stem if os.path.isfile(path) else Path(path).name
+
+
+def _concept_of(made: Any) -> Any:
+    """The concept that an edit was made from."""
+    from ..editing.edit import parts_of
+
+    named = [each for part in parts_of(made.provenance.settings) for each in part["concepts"]]
+    if not named:
+        raise BadParameter(f"{made!r} does not say what it removes: name the --concept")
+    return loco.Concept(**named[0])
+
+
+def _probes(path: str) -> list[Any]:
+    from ..evaluation.probes import Probe
+
+    try:
+        return [Probe(**row) for row in o.read(path)]
+    except TypeError as error:
+        raise ValueError(f"{path} is no list of probes: {error}") from None
+
+
+def _short(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the summary, each aspect with its interval in one cell."""
+    found = {"edit": row["edit"]}
+    for aspect in ASPECTS:
+        if aspect in row:
+            low, high = row[f"{aspect} low"], row[f"{aspect} high"]
+            found[aspect] = f"{row[aspect]:.3g} [{low:.3g}, {high:.3g}]"
+    return found

@@ -1,0 +1,424 @@
+"""The command line: every example of its help does what it says, and every refusal is one line."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import build_tiny_sd
+from PIL import Image
+from safetensors.torch import save_file
+from typer.main import get_command
+
+import loco_core as loco
+from loco_core import cli
+from loco_core.cli import options
+from loco_core.cli.folder import new_folder
+from loco_core.evaluation.probes import Probe
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = get_command(cli.app).commands
+STORY = [  # later ones use the results of earlier ones
+    "models", "layers", "localize", "edit", "generate", "evaluate", "lora", "trace", "neurons",
+    "attribute",
+]  # fmt: skip
+FILES = {
+    "localize": ("localization.json", "localization.safetensors", "scores.png", "images.png"),
+    "edit": ("edit.safetensors",),
+    "generate": ("images.png", *(f"images/000-seed-{seed}.png" for seed in range(4))),
+    "evaluate": ("evaluation.json", "evaluation.safetensors", "images.png"),
+    "lora": ("lora.safetensors",),
+    "trace": ("causal_trace.json", "causal_trace.safetensors", "effects.png"),
+    "neurons": ("neurons.json", "neurons.safetensors", "images.png"),
+    "attribute": ("edit.safetensors",),
+}
+PROMPT = "a blue boat in the style of Mira Holt"
+PROBES = [
+    Probe(PROMPT, "efficacy", "style", "Mira Holt", wanted=False),
+    Probe(PROMPT, "specificity: same image", "object", "boat"),
+]
+
+
+def example(name: str) -> str:
+    """The last lines of a command's help, as typed by a user."""
+    context = COMMANDS[name].make_context(name, [], resilient_parsing=True)
+    _, found = COMMANDS[name].get_help(context).split("Example:\n")
+    return found.strip()
+
+
+def commands_of(path: Path) -> list[str]:
+    """The lines of a text that are commands of ours."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return [line for line in lines if re.match(rf"loco ({'|'.join(COMMANDS)})\b", line)]
+
+
+def arguments(line: str) -> list[str]:
+    return shlex.split(line)[1:]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An empty folder to work in, as a user does."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ran(home):
+    """Name -> (exit code, standard output, standard error, arguments) of every example, with
+    --json. The default probes of `evaluate` are many, so it is asked two."""
+    (home / "probes.json").write_text(json.dumps(list(map(vars, PROBES))))
+    found = {}
+    for name in STORY:
+        given = [*arguments(example(name)), "--json"]
+        given += ["--probes", "probes.json"] if name == "evaluate" else []
+        found[name] = (*run(given), given)
+    return found
+
+
+def run(given: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `loco` with these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.main(given)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_the_story_tells_every_command():
+    assert set(STORY) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_ends_in_one_example_that_can_be_copied(name):
+    (line,) = example(name).splitlines()
+    assert line.startswith(f"loco {name}")
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_every_example_runs_and_prints_json_and_nothing_else(name, ran):
+    code, out, err, _ = ran[name]
+    assert code == 0, err
+    assert json.loads(out) and "NaN" not in out
+    assert "error" not in err
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_result_folder_is_complete_and_says_how_it_was_made(name, ran, home):
+    _, out, _, given = ran[name]
+    folder = home / (given[3] if name == "lora" else given[given.index("--out") + 1])
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {*FILES[name], "result.json", "manifest.json"}
+    assert (folder / "result.json").read_text() == out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert arguments(manifest["command"]) == given
+    assert manifest["model"]["fingerprint"] == loco.records.provenance(pipe_of()).fingerprint
+    assert set(manifest["model"]["versions"]) == {"loco_core", *loco.records.LIBRARIES}
+    assert manifest["seconds"] > 0 and manifest["started"].endswith("+00:00")
+    if "seeds" in manifest["settings"]:
+        assert manifest["seeds"] == ([0, 1, 2, 3] if name == "generate" else [0])
+
+
+@cache
+def pipe_of():
+    return loco.load("mini-sd")
+
+
+def test_no_example_leaves_anything_beside_its_folder(ran, home):
+    assert {path.name for path in home.iterdir()} == {
+        "probes.json", "found", "gone", "pictures", "judged", "gone-lora", "traced", "neurons",
+        "parts",
+    }  # fmt: skip
+
+
+def test_localize_finds_the_planted_layers(ran, home):
+    told = json.loads(ran["localize"][1])
+    assert told["layers"] == told["planted"] == loco.shapeland.truth("mini-sd")["style"]
+    assert loco.Localization.load(home / "found").layers == tuple(told["layers"])
+
+
+def test_three_commands_take_the_style_out_of_the_pictures(ran, home):
+    files = [home / "pictures" / name for name in FILES["generate"][1:]]
+    edited = torch.stack([pixels(path) for path in files])
+    before = loco.generate(pipe_of(), ["a red star by Mira Holt"], seeds=range(4), steps=8)[0]
+    assert loco.shapeland.judge(before)["style"] == ["Mira Holt"] * 4
+    seen = loco.shapeland.judge(edited)
+    assert "Mira Holt" not in seen["style"] and seen["object"] == ["star"] * 4
+    assert seen["color"] == ["red"] * 4
+
+
+def pixels(path: Path) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8)
+    return data.view(64, 64, 3).permute(2, 0, 1) / 255
+
+
+def test_evaluate_tells_that_the_edit_takes_the_style_and_keeps_the_object(ran, home):
+    rows = {row["edit"]: row for row in json.loads(ran["evaluate"][1])["summary"]}
+    assert rows["no edit"]["efficacy"] == 0 and rows["edit"]["efficacy"] == 1
+    assert rows["edit"]["specificity"] == 1
+    assert loco.Evaluation.load(home / "judged").probes == tuple(PROBES)
+
+
+def test_the_lora_folder_does_what_the_edit_does(ran, home):
+    pipe = loco.load("mini-sd")
+    with loco.Edit.load(home / "gone" / "edit.safetensors").applied(pipe):
+        wanted = loco.generate(pipe, [PROMPT], steps=2)
+    pipe.load_lora_weights(str(home / "gone-lora"))
+    assert (loco.generate(pipe, [PROMPT], steps=2) - wanted).abs().max() < 1e-3
+
+
+def test_trace_finds_the_one_place_of_the_text_encoder_that_brings_the_object_back(ran):
+    sites = json.loads(ran["trace"][1])["sites"]
+    assert max(sites, key=lambda site: site["effect"])["site"].endswith("layers.0.self_attn")
+
+
+def test_what_is_no_number_is_null_in_json(ran):
+    assert json.loads(ran["trace"][1])["sites"][0]["low"] is None
+
+
+def test_an_edit_of_single_weights_can_be_used_like_any_other(ran, home):
+    edit = loco.Edit.load(home / "parts" / "edit.safetensors")
+    zeroed = sum(len(change.indices) for change in edit.changes.values())
+    assert json.loads(ran["attribute"][1])["zeroed"] == zeroed > 0
+    given = ["generate", "mini-sd", "--edit", "parts", "--prompt", "a star", "--seeds", "0"]
+    assert run([*given, "--steps", "1", "--out", "one"])[0] == 0
+
+
+def test_pictures_in_files_are_what_amplifies(ran, home):
+    given = ["attribute", "mini-sd", "--concept", "object:star", "--objective", "amplify"]
+    given += ["--prompts", "2", "--steps", "4"]
+    file = "pictures/images/000-seed-0.png"
+    assert run([*given, "--image", file, "--image", file, "--out", "louder"])[0] == 0
+    made = loco.Edit.load(home / "louder" / "edit.safetensors").provenance.settings
+    assert (made["method"], made["images"]) == ("cad amplify", True)
+    code, _, err = run([*given, "--image", file, "--image", "found/images.png", "--out", "new"])
+    assert code == 1 and "not of one size" in err
+
+
+def test_a_reader_gets_a_short_table():
+    code, out, _ = run(["models"])
+    header, *rows = out.splitlines()
+    assert code == 0 and header.split() == ["model", "MB", "planted"]
+    assert [row.split()[0] for row in rows] == list(loco.zoo.minis())
+    _, out, _ = run(["layers", "mini-sd"])
+    assert len(out.splitlines()) == 1 + len(loco.text_layers(pipe_of()))
+
+
+@pytest.mark.parametrize("path", ["README.md", "book/command_line.md"])
+def test_every_command_in_the_text_is_an_example_or_at_least_parses(path):
+    lines = commands_of(ROOT / path)
+    assert len(lines) >= 3
+    for line in set(lines) - {example(name) for name in COMMANDS}:
+        name, *given = arguments(line)
+        COMMANDS[name].make_context(name, given)
+
+
+def test_the_readme_tells_the_story_by_commands_that_run_here():
+    examples = [example(name) for name in STORY]
+    places = [examples.index(line) for line in commands_of(ROOT / "README.md")]
+    assert places == sorted(places) and len(places) >= 4
+
+
+@pytest.fixture(scope="module")
+def damaged(ran, home):
+    """A copy of the edit with one bit changed."""
+    data = bytearray((home / "gone" / "edit.safetensors").read_bytes())
+    data[-5] ^= 1
+    (home / "damaged.safetensors").write_bytes(data)
+
+
+LOCALIZE = "localize mini-sd --steps 1 --seeds 0 --prompts 1 --out new --concept"
+GENERATE = 'generate mini-sd --prompt "a star" --steps 1 --seeds 0'
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "reason"),
+    [
+        ("layers nothing-here", 1, "model 'nothing-here' is unknown: pass a mini"),
+        (f"{LOCALIZE} style:Nobody", 1, "unknown style 'Nobody'; choose from Mira Holt"),
+        (f"{LOCALIZE} smell:roses", 1, "unknown attribute 'smell'; choose from style"),
+        (f"{LOCALIZE} roses", 1, "neither a file nor KIND:NAME"),
+        ("edit mini-sd --concept object:star --layers 7-16 --out new", 1, "layers [16] must be"),
+        (f"{GENERATE} --out gone", 1, "gone has a result already: name another folder"),
+        (f"{GENERATE} --out kept --force", 1, "kept is not empty and no result of loco"),
+        (f"{GENERATE} --out probes.json", 1, "probes.json is a file"),
+        (f"{GENERATE} --out new --edit damaged.safetensors", 1, "contents do not match"),
+        (f"{GENERATE} --out new --edit found", 1, "no edit is saved at found"),
+        ("lora mini-sd-natural gone new", 1, "was made for other weights than those"),
+        ("edit mini-sd-natural --window-from found --out new", 1, "found was found on mini-sd"),
+        ("evaluate mini-sd gone --concept object:star --out new", 1, "is no edit of 'star'"),
+        (f"{GENERATE} --out new --steps 0", 1, "steps 0 is not a whole number"),
+        (f"{GENERATE} --out new --device nowhere", 1, "nowhere"),
+        (f"{GENERATE}", 2, "Missing option '--out'"),
+        (f"{GENERATE} --out new --seeds 0-x", 2, "'0-x' is not numbers and ranges"),
+        (f"{GENERATE} --out new --seeds 3-1", 2, "'3-1' is not numbers and ranges"),
+        (f"{GENERATE} --out new --speed 9", 2, "No such option: --speed"),
+        ("paint mini-sd", 2, "No such command 'paint'"),
+        (f"{LOCALIZE} object:star --window wide", 2, "neither a number of layers nor"),
+        ("edit mini-sd --window-from found --layers 8 --out new", 2, "give one of them"),
+        ("edit mini-sd --layers 8 --out new", 2, "name a --concept"),
+        ("edit mini-sd --concept object:star --out new", 2, "needs --layers or --window-from"),
+        (
+            "edit mini-sd --concept object:star --method time --tokens all --out new",
+            2,
+            "--tokens is not for --method time",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(line, code, reason, ran, home, damaged):
+    (home / "kept").mkdir(exist_ok=True)
+    (home / "kept" / "diary.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    found, out, err = run(shlex.split(line))
+    assert (found, out) == (code, "")
+    (told,) = err.splitlines()
+    assert told.startswith("error: ") and reason in told
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+
+
+def test_debug_shows_where_an_error_arose():
+    code, _, err = run(["layers", "nothing-here", "--debug"])
+    assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("error: model")
+
+
+def test_force_replaces_a_result_and_nothing_else(tmp_path):
+    given = ["edit", "mini-sd", "--concept", "object:star", "--out", str(tmp_path / "edit")]
+    assert run([*given, "--layers", "6"])[0] == 0
+    (tmp_path / "edit" / "left over").touch()
+    assert run([*given, "--layers", "7", "--force"])[0] == 0
+    names = {path.name for path in (tmp_path / "edit").iterdir()}
+    assert names == {"edit.safetensors", "result.json", "manifest.json"}
+    assert "[7]" in repr(loco.Edit.load(tmp_path / "edit" / "edit.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["edit"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_result_that_fails_half_way_leaves_what_was_there(error, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("manifest.json", "result.json"):
+        (out / name).write_text("{}")
+    with pytest.raises(error), new_folder(out, force=True) as (new, _):
+        (new / "half").write_text("of it")
+        raise error
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "manifest.json", "result.json"}
+
+
+def test_ctrl_c_ends_with_130_and_leaves_only_whole_batches_to_resume_from(tmp_path):
+    given = [*shlex.split(GENERATE), "--seeds", "0-23", "--batch-size", "1"]
+    given += ["--out", str(tmp_path / "out")]
+    code = "import sys; from loco_core.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    parts = tmp_path / "out.parts"
+    while len(list(parts.glob("part-*"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, b""), err.decode()
+    assert err.decode().splitlines()[-1] == "error: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parts"]
+    finished = sorted(parts.glob("part-*"))
+    assert 2 <= len(finished) < 24
+
+    assert run(given)[0] == 1  # not unless told how to go on
+    assert run([*given, "--seeds", "0-9", "--resume"])[0] == 1  # that is another run
+    first = torch.zeros(1, 3, 64, 64)
+    save_file({"part": first}, finished[0])  # what is there is not made again
+    assert run([*given, "--resume"])[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    made = [pixels(tmp_path / "out" / "images" / f"000-seed-{seed}.png") for seed in range(24)]
+    assert not made[0].any() and all(image.any() for image in made[1:])
+
+
+def test_a_concept_in_a_file_and_a_model_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build_tiny_sd().save_pretrained("tiny")
+    prompts = ["a house by van gogh", "a tree by van gogh"]
+    concept = loco.Concept("van gogh", "style", prompts, ["a house", "a tree"])
+    Path("gogh.yaml").write_text(yaml.safe_dump(vars(concept)))
+    Path("gogh.json").write_text(json.dumps(vars(concept)))
+    Path("kept.txt").write_text("a house by monet\n\na cat\n")
+    line = "edit tiny --layers 3,5-6 --preserve kept.txt --preserve 'a dog' --preserve-name monet"
+    for kind in ("yaml", "json"):
+        given = [*shlex.split(line), "--concept", f"gogh.{kind}", "--out", kind]
+        code, _, err = run(given)
+        assert code == 0 and err.startswith("warning: <Edit: locoedit") and err.count("\n") == 1
+    made = [loco.Edit.load(Path(kind) / "edit.safetensors") for kind in ("yaml", "json")]
+    kept = ["a house by monet", "a cat", "a dog", *concept.renamed(["monet"])]
+    with pytest.warns(UserWarning, match="by more than themselves"):  # a network of noise
+        wanted = loco.locoedit(loco.load("tiny"), concept, [3, 5, 6], preserve=kept)
+    assert made == [wanted, wanted]
+
+
+def test_outside_of_shapeland_a_name_means_the_prompts_of_the_papers(tiny_sd):
+    found = options.concept_of(tiny_sd, "style:Van Gogh", 12)
+    assert found == loco.concepts.style("Van Gogh")
+    assert options.concept_of(tiny_sd, "object:house", 1) == loco.concepts.object("house")
+    with pytest.raises(ValueError, match="only style:NAME and object:NAME"):
+        options.concept_of(tiny_sd, "color:red", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("3", [3]), ("0-2", [0, 1, 2]), ("8, 9,1-2", [8, 9, 1, 2])]
+)
+def test_numbers_and_ranges_are_read(text, wanted):
+    assert options.numbers(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("loco layers mini-sd-n", {"mini-sd-natural"}),
+        ("loco localize mini-sd --concept style:Mira", {"style:Mira Holt", "style:Mira Dunn"}),
+        ("loco edit mini-sd --method ti", {"time"}),
+        ("loco loc", {"localize"}),
+    ],
+)
+def test_shells_complete_minis_concepts_choices_and_commands(typed, offered):
+    words = shlex.split(typed)
+    shown = {"_LOCO_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words) - 1)}
+    env = {**os.environ, **shown, "COMP_WORDS": "\n".join(words), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([loco_script()], env=env, capture_output=True, text=True, check=True)
+    assert set(done.stdout.splitlines()) == offered
+
+
+def loco_script() -> str:
+    """The script that pip put beside this Python."""
+    return str(Path(sys.executable).parent / "loco")
+
+
+def test_help_comes_without_torch_or_diffusers_or_plots():
+    code = (
+        "import sys; from loco_core.cli import main; code = main([*sys.argv[1:], '--help']); "
+        "print(sorted({'torch', 'diffusers', 'transformers', 'pandas', 'matplotlib', 'PIL'} "
+        "& set(sys.modules)), code)"
+    )
+    for given in ([], ["localize"]):
+        command = [sys.executable, "-c", code, *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_without_arguments_there_is_help_and_version_is_the_libraries(capsys):
+    assert cli.main([]) == 0 and "Exit codes" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"loco {loco.__version__}\n"
