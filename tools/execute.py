@@ -3,13 +3,15 @@
     python -m tools.execute [--profile mini] [NN_name ...]
 
 notebooks/NN_name.py -> jupytext -> papermill -> freeze -> notebooks/NN_name.ipynb. A profile other
-than the default publishes to notebooks/<profile>/. A failing notebook leaves
-_build/NN_name.FAILED.ipynb with the error in place, and the published run as it was.
+than the default publishes to notebooks/<profile>/, and one whose GPU or weights are missing stops
+before anything is executed. A failing notebook leaves _build/NN_name.FAILED.ipynb with the error in
+place, and the published run as it was.
 
 Each published run has its record, results/runs/NN_name.json: wall clock, device, versions, source
-hash. It belongs to the run whose bytes are published: a run that reproduces them bit for bit leaves
-it alone. The figure of the cell tagged `picture` becomes the README's, book/_static/picture.png;
-one tagged `picture-NAME` is book/_static/NAME.png, for the prose of the book.
+hash, commits of weights from the Hub. It belongs to the run whose bytes are published: a run that
+reproduces them bit for bit leaves it alone. The figure of the cell tagged `picture` becomes the
+README's, book/_static/picture.png; one tagged `picture-NAME` is book/_static/NAME.png, for the
+prose of the book.
 """
 
 import argparse
@@ -104,6 +106,7 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
             "output_sha256": digest,
             "wall_seconds": round(seconds, 1),
             **machine(profile),
+            **({"weights": commits} if (commits := downloaded(profile)) else {}),
         }
         write_atomically(record, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(published, content)
@@ -137,6 +140,14 @@ def machine(profile: Profile) -> dict[str, object]:
     }
 
 
+def downloaded(profile: Profile) -> dict[str, str]:
+    """The commits of the weights from the Hub that a run of `profile` has just read, by Hub id."""
+    return {
+        weights.id: folder.name if (folder := profiles.cached(weights)) else "unknown"
+        for weights in profiles.weights_of(profile)
+    }
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write all of `content` or nothing: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,22 +162,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Execute the chosen notebooks; 0 if all ran, 1 with a message if not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", metavar="NN_name", help="default: all of them")
+    parser.add_argument("notebooks", nargs="*", metavar="NN_name", help="default: all")
     parser.add_argument("--profile", default=DEFAULT, help="a file in profiles/ (default: mini)")
     options = parser.parse_args(arguments)
     try:
         profile = profiles.load_profile(options.profile)
         known = {source.stem: parameters_of(source) for source in sources()}
         profiles.check_parameters(profile, known)
+        run = profile.notebooks or tuple(known)
+        if unknown := sorted(set(options.notebooks) - set(run)):
+            raise ValueError(
+                f"profile {profile.name!r} runs no notebook {unknown[0]!r}: choose from "
+                f"{', '.join(run)}"
+            )
         profiles.check_device(profile)
-        unknown = sorted(set(options.notebooks) - set(known))
-        if unknown:
-            raise ValueError(f"unknown notebook {unknown[0]!r}: choose from {', '.join(known)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for source in sources():
-        if options.notebooks and source.stem not in options.notebooks:
+        if source.stem not in (options.notebooks or run):
             continue
         try:
             seconds = execute(source, profile, known[source.stem])
