@@ -1,5 +1,6 @@
 # make book     set up .venv, execute every notebook on PROFILE, build the book
 # make test     set up .venv, run the whole test suite;   make test-all  the slow tests too
+# make test-book   read the book in a real browser;   make pdf  print it to _build/book.pdf
 # make execute  execute the notebooks only;   make lab  open them live;   make clean  forget all builds
 PYTHON  ?= python3.11
 PROFILE ?= mini
@@ -11,7 +12,7 @@ NBVAL  := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
 # A half-written target (an interrupted install) must not look finished.
 .DELETE_ON_ERROR:
-.PHONY: book html execute test test-all lab clean
+.PHONY: book html execute test test-all browser test-book pdf lab clean
 
 book: execute html
 
@@ -32,8 +33,17 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PY) -m pytest $(NBVAL) tests notebooks/*.ipynb
 
+browser: $(STAMP)
+	$(PY) -m tools.browser
+
+test-book: html browser
+	$(PY) -m pytest -m "not slow" tests/browser
+
+pdf: browser
+	$(PY) -m tools.pdf
+
 lab: $(STAMP)
 	$(PY) -m jupyter lab notebooks
 
 clean:
-	rm -rf _build $(VENV) .venv-book build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf _build $(VENV) .venv-book build book/api .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

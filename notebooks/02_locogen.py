@@ -34,7 +34,12 @@ import torch
 from myst_nb import glue
 
 import loco_core as loco
-from loco_core.display import image_grid, score_curve, window_slider
+from loco_core.display import (
+    image_grid,
+    routing_matrix,
+    score_curve,
+    window_slider,
+)
 
 world = loco.shapeland
 loco.progress(False)
@@ -107,6 +112,23 @@ pd.DataFrame(
         "shows a house": seen(pictures, "object", "house"),
     },
     index=pd.Index(reads, name="reads"),
+)
+
+# %% [markdown]
+# ## Your own routing
+#
+# With a kernel, the matrix below can be clicked: choose for every layer which prompt
+# it reads, and paint. Here the layers of styles read the neutral prompt, and those of
+# objects a third one. A page shows this routing, beside what each prompt gives alone.
+
+# %%
+mixed = world.caption(object="star", color="blue")
+mix = [
+    2 if k in truth["object"] else 1 if k in planted else 0
+    for k in range(layers)
+]
+routing_matrix(
+    pipe, [prompt, neutral, mixed], mix, seeds=[0, 1], steps=steps
 )
 
 # %% [markdown]

@@ -37,7 +37,7 @@ import torch
 from myst_nb import glue
 
 import loco_core as loco
-from loco_core.display import image_grid
+from loco_core.display import edit_explorer, image_grid, one_of
 
 world = loco.shapeland
 loco.progress(False)
@@ -248,6 +248,31 @@ pd.Series(
     },
     name="lam = 0.01, nothing preserved",
 ).to_frame()
+
+# %% [markdown]
+# ## Your own edit
+#
+# Move the price. With a kernel, choose too what is asked to stay; each edit is
+# solved and painted anew.
+
+# %%
+edit_explorer(
+    pipe,
+    concept,
+    found.layers,
+    show={
+        artist: held_out[0],
+        f"another by {artist}": held_out[3],
+        others[0]: other_prompts[0],
+        others[4]: other_prompts[4],
+    },
+    preserve={
+        "neutral twins": concept.neutral,
+        "other artists": concept.renamed(others),
+    },
+    lam=one_of(sorted({0.01, 1.0, lam, 100.0, 1000.0}), start=lam),
+    steps=steps,
+)
 
 # %% [markdown]
 # ## Undo

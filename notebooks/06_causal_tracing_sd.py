@@ -25,7 +25,7 @@ thing = "star"  # the object to trace
 prompts = 2  # prompts per concept in the UNet; 1 in the text encoder
 noise = 0.4  # standard deviation on the words; the habit is about 0.1
 fraction = 0.2  # of what the noise took: the threshold of "causal"
-steps = 8  # of the scheduler, for each picture
+steps = 6  # of the scheduler, for each picture
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 
 # %%

@@ -2,7 +2,8 @@
 
     python -m tools.build_book [--output _build]
 
-Executes nothing: notebooks are rendered as `tools.execute` published them.
+Executes nothing: notebooks are rendered as `tools.execute` published them. The API reference is
+written anew from the docstrings (`tools.api`).
 """
 
 import argparse
@@ -10,16 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools.api import write as write_reference
 from tools.linkcheck import check_site
 from tools.profiles import ROOT
 
 
-def build(output: Path, root: Path = ROOT) -> Path:
-    """Build `output`/_build/html and return its index.html; CalledProcessError on a warning."""
+def build(output: Path, root: Path = ROOT, builder: str = "html") -> Path:
+    """Build `output`/_build/`builder`, "html" or "singlehtml" (one long page), and return its
+    index.html; CalledProcessError on a warning."""
+    write_reference(root)
     run = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-    options = ["--all", "-W", "--keep-going", "--quiet", "--path-output", str(output)]
-    subprocess.run([*run, str(root), *options], check=True)
-    return output / "_build" / "html" / "index.html"
+    options = ["--all", "-W", "--keep-going", "--quiet", "--builder", builder]
+    subprocess.run([*run, str(root), *options, "--path-output", str(output)], check=True)
+    return output / "_build" / builder / "index.html"
 
 
 def main(arguments: list[str] | None = None) -> int:
