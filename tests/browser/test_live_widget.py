@@ -76,7 +76,7 @@ def page(browser, lab):
     page = browser.new_page()
     page.set_default_timeout(WAIT)
     page.goto(lab, timeout=WAIT)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    page.locator("#jp-main-statusbar", has_text="(ipykernel) | Idle").wait_for()
     page.locator(".jp-CodeCell .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     yield page
@@ -98,14 +98,14 @@ def test_the_live_window_slider_moves_by_keyboard_and_its_image_follows(page):
     assert picture(page, "noise").get_attribute("src") != before
 
 
-def test_an_explorer_paints_what_is_chosen_and_its_cancel_stops_it(page):
+def test_an_explorer_paints_what_is_chosen_and_its_cancel_stops_it(page, screenshots):
     before = picture(page, "a grey square; k: 0").get_attribute("src")
     slider = page.locator(".jupyter-widgets [role=slider]").nth(1)
     slider.focus()
     page.keyboard.press("ArrowRight")
     picture(page, "a grey square; k: 1; bright: nothing").wait_for()
     assert picture(page, "a grey square").get_attribute("src") != before
-    page.get_by_label("more").check()
+    page.get_by_role("checkbox", name="more").check()
     picture(page, "a grey square; k: 1; bright: more").wait_for()
     slider.focus()
     page.keyboard.press("ArrowRight")
@@ -113,3 +113,4 @@ def test_an_explorer_paints_what_is_chosen_and_its_cancel_stops_it(page):
     page.get_by_role("button", name="Cancel").click()
     page.locator("[role=status]", has_text="cancelled").wait_for()
     assert "k: 1; bright: more" in picture(page, "a grey square").get_attribute("alt")
+    page.screenshot(path=screenshots / "live_widgets.png")
