@@ -118,15 +118,13 @@ pd.DataFrame(
 # ## Your own routing
 #
 # With a kernel, the matrix below can be clicked: choose for every layer which prompt
-# it reads, and paint. Here the layers of styles read the neutral prompt, and those of
-# objects a third one. A page shows this routing, beside what each prompt gives alone.
+# it reads, and paint. Here the layers of objects read a third prompt, all others the
+# first: the object of one, in the style of the other. A page shows this routing,
+# beside what each prompt gives alone.
 
 # %%
 mixed = world.caption(object="star", color="blue")
-mix = [
-    2 if k in truth["object"] else 1 if k in planted else 0
-    for k in range(layers)
-]
+mix = [2 if k in truth["object"] else 0 for k in range(layers)]
 routing_matrix(
     pipe, [prompt, neutral, mixed], mix, seeds=[0, 1], steps=steps
 )
