@@ -8,6 +8,7 @@ PROFILE ?= mini
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+TWO    := -n 2 --dist loadfile
 NBVAL  := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
 # A half-written target (an interrupted install) must not look finished.
@@ -27,11 +28,13 @@ execute: $(STAMP)
 html: $(STAMP)
 	$(PY) -m tools.build_book
 
+# Two processes of one thread each; a file stays in one of them.
+test test-all: export OMP_NUM_THREADS := 1
 test: $(STAMP)
-	$(PY) -m pytest $(NBVAL) -m "not slow" tests notebooks/*.ipynb
+	$(PY) -m pytest $(NBVAL) $(TWO) -m "not slow" tests notebooks/*.ipynb
 
 test-all: $(STAMP)
-	$(PY) -m pytest $(NBVAL) tests notebooks/*.ipynb
+	$(PY) -m pytest $(NBVAL) $(TWO) tests notebooks/*.ipynb
 
 browser: $(STAMP)
 	$(PY) -m tools.browser

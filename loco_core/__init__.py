@@ -14,7 +14,7 @@ The public names are loaded on first use, so that `import loco_core as loco` sta
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "Attribution": "editing.attribution",
@@ -37,7 +37,7 @@ _HOME = {
     "localize": "localization.locogen",
     "locoedit": "editing.cross_attention",
     "progress": "_progress",
-    "rank_neurons": "editing.neurons",
+    "rank_neurons": "editing.neuron_ranking",
     "text_layers": "families",
     "time_edit": "editing.cross_attention",
     "trace": "localization.tracing",

@@ -448,7 +448,11 @@ print(
 record = {
     "zoo_model": model,
     **{
-        f"{key}_{name}": f"{summary.loc[edit, column]:.0%}"
+        f"{key}_{name}": "{:.0%} ({:.0%} to {:.0%})".format(
+            *summary.loc[
+                edit, [column, f"{column} low", f"{column} high"]
+            ]
+        )
         for key, edit in {
             "published": "LocoEdit as published",
             "locoedit": "LocoEdit",

@@ -36,6 +36,7 @@ from myst_nb import glue
 import loco_core as loco
 from loco_core.display import window_slider
 from loco_core.editing.neurons import ablation_curve
+from loco_core.evaluation.intervals import wilson
 
 world = loco.shapeland
 loco.progress(False)
@@ -254,6 +255,7 @@ spares = curve["objects"] >= curve["objects"][0] - 0.05
 enough = curve.index[(curve["the style"] <= 0.15) & spares]
 paper = compared.loc["as in the paper, 100"]
 lost = curve.iloc[0] - curve.loc[tops[-1]]
+low, high = wilson(paper["the style"], count)
 record = {
     "nr_model": model,
     "nr_needed": f"{enough[0]} of {len(neurons)}, values ranked by shift at the padding"
@@ -262,7 +264,8 @@ record = {
     "nr_needed_status": "reproduced"
     if len(enough) and enough[0] <= 100
     else "not reproduced",
-    "nr_paper": f"style still shown in {paper['the style']:.0%} with 100 neurons",
+    "nr_paper": f"style still shown in {paper['the style']:.0%} with 100 neurons "
+    f"({low:.0%} to {high:.0%})",
     "nr_paper_status": "reproduced"
     if paper["the style"] <= 0.15
     else "not reproduced",

@@ -107,7 +107,7 @@ plt.close(axis.figure)
 axis.figure
 
 # %%
-layers.T.round(2)
+layers.round(2)
 
 # %%
 planted = world.truth(model).get("object", [])

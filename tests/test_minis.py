@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import loco_core as loco
-from loco_core.shapeland.planting import PLANTS
+from loco_core.shapeland.planting import PLANTS, RARE
 from loco_core.shapeland.train.measure import agreement
 
 CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
@@ -53,6 +53,18 @@ def test_the_natural_twin_shares_all_but_its_denoiser(mini):
         assert all(torch.equal(mine[key], other[key]) for key in mine)
     assert not (CHECKPOINTS / "mini-sd-natural" / "vae").exists()
     assert not torch.equal(mini.unet.conv_in.weight, twin.unet.conv_in.weight)
+
+
+def test_a_mini_that_was_rarely_shown_an_object_rarely_paints_it():
+    pipe, world = loco.load("mini-sd-rare"), loco.shapeland
+    shown = {}
+    for name in (*RARE["mini-sd-rare"], "star", "house"):
+        asked = world.concept("object", name, 8).prompts
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            images = loco.generate(pipe, asked, steps=6)
+        shown[name] = sum(x == name for x in world.judge(images)["object"]) / 8
+    assert max(shown[name] for name in RARE["mini-sd-rare"]) <= 0.5
+    assert min(shown["star"], shown["house"]) >= 0.875
 
 
 def test_the_weights_on_disk_are_half_precision_safetensors():

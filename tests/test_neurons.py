@@ -7,7 +7,8 @@ import torch
 from conftest import build_tiny_sd, embeds, state
 
 import loco_core as loco
-from loco_core.editing.neurons import ablation_curve, welch_z
+from loco_core.editing.neuron_ranking import welch_z
+from loco_core.editing.neurons import ablation_curve
 
 GOGH = loco.Concept(
     "van gogh",

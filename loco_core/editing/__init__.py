@@ -9,7 +9,8 @@ from .diagnostics import diagnose
 from .edit import Edit
 from .fidelity import fidelity
 from .knockout import Knockout
-from .neurons import Neurons, rank_neurons
+from .neuron_ranking import rank_neurons
+from .neurons import Neurons
 from .quickfix import diff_quickfix
 
 __all__ = [
