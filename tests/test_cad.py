@@ -10,7 +10,7 @@ from conftest import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, state
 
 import loco_core as loco
 from loco_core.editing import objectives
-from loco_core.editing.cad import batches, rows_of, scored
+from loco_core.editing.cad import batches, erase_in_rounds, rows_of, scored
 from loco_core.editing.fidelity import fidelity, pearson
 from loco_core.editing.weights import module_of
 
@@ -301,6 +301,31 @@ def test_controls_take_as_many_by_another_order(shared, by):
     assert control == parts.erase(0.02, by=by, quota="matrix")
     if by == "random":
         assert control != parts.erase(0.02, by=by, quota="matrix", seed=1)
+
+
+def test_every_round_is_attributed_with_the_weights_of_those_before_at_zero(pipe):
+    before = state(pipe)
+    edit = erase_in_rounds(pipe, STAR, 0.01, rounds=2, steps=STEPS)
+    assert state(pipe) == before
+    with edit.applied(pipe):
+        at_once = {name: module_of(pipe, name).weight.clone() for name in edit.changes}
+    first = loco.attribute(pipe, STAR, steps=STEPS).erase(0.01, quota="matrix")
+    with first.applied(pipe):
+        second = loco.attribute(pipe, STAR, steps=STEPS).erase(0.01, quota="matrix")
+        with second.applied(pipe):
+            assert all(torch.equal(w, module_of(pipe, n).weight) for n, w in at_once.items())
+    taken = [{n: set(c.indices.tolist()) for n, c in e.changes.items()} for e in (first, second)]
+    assert all(not taken[0][name] & taken[1][name] for name in first.changes)
+    assert edit.provenance.settings["rounds"] == 2
+
+
+def test_one_round_is_a_plain_erase_and_none_is_refused(shared):
+    pipe, parts = shared
+    once = erase_in_rounds(pipe, STAR, 0.01, rounds=1, steps=STEPS)
+    assert once.changes == parts.erase(0.01, quota="matrix").changes
+    for bad in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"rounds={bad!r}: choose a whole number"):
+            erase_in_rounds(pipe, STAR, rounds=bad)
 
 
 def test_an_edit_from_a_loaded_attribution_is_the_same_and_knows_its_making(shared, tmp_path):

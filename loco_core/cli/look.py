@@ -16,7 +16,7 @@ def models(as_json: o.Json = False, debug: o.Debug = False) -> None:
 
     With the text layers in which each attribute was planted.
     """
-    from ..shapeland.planting import PLANTS
+    from ..shapeland.planting import PLANTS, RARE
 
     rows = []
     for name in loco.zoo.minis():
@@ -24,7 +24,8 @@ def models(as_json: o.Json = False, debug: o.Debug = False) -> None:
         plant = PLANTS.get(name, {})
         told = "; ".join(f"{kind} {','.join(map(str, places))}" for kind, places in plant.items())
         size = round(sum(path.stat().st_size for path in files) / 1e6, 1)
-        rows.append({"model": name, "MB": size, "planted": told or "nothing"})
+        rare = f"nothing; rarely shown: {', '.join(RARE[name])}" if name in RARE else "nothing"
+        rows.append({"model": name, "MB": size, "planted": told or rare})
     show(Report(tables={"models": rows}), as_json)
 
 

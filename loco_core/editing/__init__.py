@@ -2,7 +2,7 @@
 
 from . import closed_form
 from .attribution import Attribution
-from .cad import attribute
+from .cad import attribute, erase_in_rounds
 from .compose import compose
 from .cross_attention import locoedit, time_edit, uce
 from .diagnostics import diagnose
@@ -19,6 +19,7 @@ __all__ = [
     "Knockout",
     "Neurons",
     "attribute",
+    "erase_in_rounds",
     "closed_form",
     "compose",
     "diagnose",
