@@ -29,7 +29,6 @@ from ..interventions.sampling import check_settings, checked_seeds
 from . import objectives
 from .attribution import Attribution
 from .edit import Edit, make_edit
-from .knockout import Knockout
 from .weights import PLAIN, editable
 
 __all__ = ["attribute", "erase_in_rounds"]
@@ -154,7 +153,7 @@ def erase_in_rounds(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds={rounds!r}: choose a whole number, at least 1")
-    knocked: dict[str, Knockout] = {}
+    knocked: dict[str, Any] = {}  # Knockouts
     with ExitStack() as stack:
         for _ in range(rounds):
             edit = attribute(pipe, concept, **settings).erase(ratio, quota=quota)
