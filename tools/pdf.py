@@ -6,6 +6,7 @@ Executes nothing. A slider is printed where it starts.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     except subprocess.CalledProcessError:
         print("error: the book did not build cleanly, see the warnings above", file=sys.stderr)
         return 1
+    # Sphinx writes the long page where the root document is, but its links as from the top
+    long = page.with_name("long.html")
+    shutil.copyfile(page.parent / "book" / "index.html", long)
     pdf = page.parent.parent / "book.pdf"
-    print_page(page, pdf)
+    print_page(long, pdf)
     print(f"The book as a PDF: {pdf}")
     return 0
 
