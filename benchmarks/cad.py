@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.editing import fidelity, objectives
-from loco_core.editing.cad import batches, erase_in_rounds, rows_of
-from loco_core.editing.weights import module_of
-from loco_core.evaluation.intervals import paired_shares, wilson
-from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, draw_scene, judge
-from loco_core.shapeland.vocabulary import is_held_out, random_scene
+from loco_core.edits.weights import module_of
+from loco_core.inside import fidelity, objectives
+from loco_core.inside.cad import batches, erase_in_rounds, rows_of
+from loco_core.statistics import paired_shares, wilson
+from loco_core.worlds.shapeland import ATTRIBUTES, Scene, concept, describe, draw_scene, judge
+from loco_core.worlds.shapeland.vocabulary import is_held_out, random_scene
 
 PARTS = ("erase", "amplify", "calls", "gradients", "fidelity")
 OBJECTS = ATTRIBUTES["object"]

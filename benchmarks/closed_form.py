@@ -44,7 +44,7 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loco_core.editing.closed_form import fit  # noqa: E402
+from loco_core.closed_form.solver import fit
 
 # Width of the text embedding, and out width of to_k (and of to_v) by layer in execution order.
 SD = [320] * 2 + [640] * 2 + [1280] * 6 + [640] * 3 + [320] * 3

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import loco_core as loco
-from loco_core.editing.weights import module_of
+from loco_core.edits.weights import module_of
 from loco_core.records import atomic_write, versions
-from loco_core.shapeland.tokenizer import learn_tokenizer
+from loco_core.worlds.shapeland.tokenizer import learn_tokenizer
 from loco_core.zoo import quiet_loading
 
 SECONDS_BAR, BYTES_BAR = 180, 6e9  # on a CPU

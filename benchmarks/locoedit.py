@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.editing.rows import TOKENS
-from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
+from loco_core.closed_form.rows import TOKENS
+from loco_core.worlds.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
 
 ERASED_BAR, SPARED_BAR = 0.10, 0.03
 STYLES = ATTRIBUTES["style"]

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.shapeland import ATTRIBUTES, concept
+from loco_core.worlds.shapeland import ATTRIBUTES, concept
 
 BARS = {"mini-sd": 0.95, "mini-sdxl": 0.90}
 

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.evaluation.intervals import paired_shares, wilson
-from loco_core.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
+from loco_core.statistics import paired_shares, wilson
+from loco_core.worlds.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
 
 SHARE_BAR, ERASED_BAR, SPARED_BAR = 0.10, 0.15, 0.05
 BESIDE = {"style": "object", "object": "style"}  # what else the same pictures show

@@ -2,7 +2,7 @@
 
 Agreement of images with held-out captions, and, over half as many for every planted attribute,
 whether the plant holds, is followed, and is removed by its neutral twin; see
-`loco_core/shapeland/train/measure.py`.
+`loco_core/worlds/training/measure.py`.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.shapeland.planting import PLANTS
-from loco_core.shapeland.train.measure import agreement, plant_use
+from loco_core.worlds.shapeland.planting import PLANTS
+from loco_core.worlds.training.measure import agreement, plant_use
 
 AGREEMENT_BARS = {"style": 0.95, "object": 0.95, "color": 0.95, "place": 0.90, "fact": 0.90}
 LEAST_FOLLOWED, MOST_DROPPED = 0.90, 0.03

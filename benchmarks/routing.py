@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import loco_core as loco  # noqa: E402
-from loco_core.interventions.routing import windows  # noqa: E402
-from loco_core.records import model_name, versions  # noqa: E402
+from loco_core.interventions.routing import windows
+from loco_core.records import model_name, versions
 
 COST_BAR, DIFFERENCE_BAR = 1.05, 1e-4
 

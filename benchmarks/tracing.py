@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import loco_core as loco  # noqa: E402
 from benchmarks.routing import seconds  # noqa: E402
-from loco_core._progress import bar  # noqa: E402
-from loco_core.families import family_of  # noqa: E402
-from loco_core.interventions import sampling  # noqa: E402
-from loco_core.interventions.patching import rewriting  # noqa: E402
-from loco_core.localization import runs  # noqa: E402
-from loco_core.localization.sites import module_of, text_sites, unet_sites  # noqa: E402
-from loco_core.records import model_name, versions  # noqa: E402
+from loco_core._progress import bar
+from loco_core.families import family_of
+from loco_core.interventions.patching import rewriting
+from loco_core.localization import runs
+from loco_core.localization.sites import module_of, text_sites, unet_sites
+from loco_core.painting import paint as sampling
+from loco_core.records import model_name, versions
 
 RATIO_BAR, DIFFERENCE_BAR = 2.0, 1e-4
 

@@ -14,54 +14,61 @@ The public names are loaded on first use, so that `import loco_core as loco` sta
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.3.0"
+from ._version import __version__ as __version__
 
 _HOME = {
-    "Attribution": "editing.attribution",
+    "Attribution": "inside.attribution",
     "CausalTrace": "localization.tracing",
     "Concept": "concepts",
-    "Edit": "editing.edit",
-    "Evaluation": "evaluation.result",
+    "Edit": "edits.edit",
+    "Evaluation": "studies.evaluation",
     "Localization": "localization.locogen",
-    "Neurons": "editing.neurons",
+    "Neurons": "inside.neurons",
     "TextLayer": "families",
-    "attribute": "editing.cad",
-    "clip_score": "evaluation.clip_score",
-    "compose": "editing.compose",
-    "diagnose": "editing.diagnostics",
-    "diff_quickfix": "editing.quickfix",
-    "evaluate": "evaluation.evaluate",
+    "attribute": "inside.cad",
+    "clip_score": "judging.clip_score",
+    "compose": "edits.compose",
+    "diagnose": "closed_form.diagnostics",
+    "diff_quickfix": "closed_form.quickfix",
+    "evaluate": "studies.evaluate",
     "family_of": "families",
-    "generate": "interventions.sampling",
+    "generate": "painting.paint",
     "load": "zoo",
     "localize": "localization.locogen",
-    "locoedit": "editing.cross_attention",
+    "locoedit": "closed_form.methods",
     "progress": "_progress",
-    "rank_neurons": "editing.neuron_ranking",
+    "rank_neurons": "inside.neuron_ranking",
     "text_layers": "families",
-    "time_edit": "editing.cross_attention",
+    "time_edit": "closed_form.methods",
     "trace": "localization.tracing",
-    "uce": "editing.cross_attention",
+    "uce": "closed_form.methods",
 }
-_WINGS = (
-    "concepts",
-    "display",
-    "editing",
-    "evaluation",
-    "families",
-    "interventions",
-    "localization",
-    "records",
-    "shapeland",
-    "zoo",
-)
+#: Wings and rooms under `loco`, by where they are.
+_WINGS = {
+    "closed_form": "closed_form",
+    "concepts": "concepts",
+    "display": "display",
+    "edits": "edits",
+    "families": "families",
+    "inside": "inside",
+    "interventions": "interventions",
+    "judging": "judging",
+    "localization": "localization",
+    "painting": "painting",
+    "records": "records",
+    "shapeland": "worlds.shapeland",
+    "statistics": "statistics",
+    "studies": "studies",
+    "worlds": "worlds",
+    "zoo": "zoo",
+}
 
 __all__ = [*_HOME, *_WINGS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _WINGS:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_WINGS[name]}")
     if name not in _HOME:
         raise AttributeError(f"loco_core has no {name!r}; it offers {', '.join(__all__)}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._version import __version__
+
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -70,8 +72,6 @@ def revision(pipe: Any) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of loco_core and of the libraries that decide what a pipeline computes."""
-    from loco_core import __version__
-
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"loco_core": __version__, **found}
 

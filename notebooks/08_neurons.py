@@ -35,8 +35,8 @@ from myst_nb import glue
 
 import loco_core as loco
 from loco_core.display import window_slider
-from loco_core.editing.neurons import ablation_curve
-from loco_core.evaluation.intervals import wilson
+from loco_core.inside.neurons import ablation_curve
+from loco_core.statistics import wilson
 
 world = loco.shapeland
 loco.progress(False)

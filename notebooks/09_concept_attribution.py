@@ -42,7 +42,8 @@ from myst_nb import glue
 
 import loco_core as loco
 from loco_core.display import window_slider
-from loco_core.editing import erase_in_rounds, fidelity
+from loco_core.edits import erase_in_rounds
+from loco_core.inside import fidelity
 
 world = loco.shapeland
 loco.progress(False)

@@ -13,7 +13,7 @@ TOKENS = 24
 
 def clip_tokenizer(tokens: int = TOKENS):
     """A CLIP BPE tokenizer learned from `CORPUS`: every word of it is one token."""
-    from loco_core.shapeland.tokenizer import learn_tokenizer
+    from loco_core.worlds.shapeland.tokenizer import learn_tokenizer
 
     return learn_tokenizer(CORPUS.split(), tokens)
 

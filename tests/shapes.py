@@ -16,12 +16,12 @@ from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor
 
 MODULES = (
-    "loco_core.editing.closed_form",
-    "loco_core.evaluation.clip_score",
+    "loco_core.closed_form.solver",
+    "loco_core.judging.clip_score",
     "loco_core.families.base",
     "loco_core.interventions.patching",
     "loco_core.interventions.routing",
-    "loco_core.interventions.sampling",
+    "loco_core.painting.paint",
 )
 
 

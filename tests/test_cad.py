@@ -9,10 +9,11 @@ import torch
 from conftest import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, state
 
 import loco_core as loco
-from loco_core.editing import objectives
-from loco_core.editing.cad import batches, erase_in_rounds, rows_of, scored
-from loco_core.editing.fidelity import fidelity, pearson
-from loco_core.editing.weights import module_of
+from loco_core.edits.weights import module_of
+from loco_core.inside import objectives
+from loco_core.inside.cad import batches, erase_in_rounds, rows_of, scored
+from loco_core.inside.fidelity import fidelity
+from loco_core.statistics import pearson
 
 STAR = loco.Concept("star", "object", ["a red star"], ["a red circle"])
 TWO = loco.Concept("star", "object", ["a red star", "a star"], ["a red circle", "a circle"])

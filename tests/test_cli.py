@@ -25,7 +25,7 @@ import loco_core as loco
 from loco_core import cli
 from loco_core.cli import options
 from loco_core.cli.folder import new_folder
-from loco_core.evaluation.probes import Probe
+from loco_core.judging.probes import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = get_command(cli.app).commands

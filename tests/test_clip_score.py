@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 import loco_core as loco
 from loco_core import zoo
-from loco_core.evaluation.clip_score import Clip, clip_for, load_clip
+from loco_core.judging.clip_score import Clip, clip_for, load_clip
 
 TEXTS = ["a house by Van Gogh", "a red tree", "a dog"]
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loco_core.editing import closed_form
-from loco_core.editing.closed_form import LowRankMap, fit
+from loco_core.closed_form import solver as closed_form
+from loco_core.closed_form.solver import fit
+from loco_core.edits.low_rank import LowRankMap
 
 claim = settings(deadline=None, max_examples=40, derandomize=True)
 

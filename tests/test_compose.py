@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loco_core as loco
-from loco_core.editing.edit_file import MANIFEST
+from loco_core.edits.file import MANIFEST
 
 GOGH = loco.Concept("van gogh", "style", ["a house by van gogh"], ["a house"])
 MONET = loco.Concept("monet", "style", ["a tree by claude monet"], ["a tree"])

@@ -78,5 +78,5 @@ def test_the_code_of_contributing_is_in_the_style_of_the_house(tree):
 def test_the_command_that_trains_a_mini_knows_the_new_one(tree):
     (command,) = [body.split() for language, _, body in BLOCKS if language == "bash"]
     code = f"from {command[2]}.recipe import RECIPES; assert {command[3]!r} in RECIPES"
-    assert command[:3] == ["python", "-m", "loco_core.shapeland.train"]
+    assert command[:3] == ["python", "-m", "loco_core.worlds.training"]
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True)

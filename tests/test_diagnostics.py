@@ -7,8 +7,8 @@ import torch
 from conftest import build_tiny_sd, embeds, pairs
 
 import loco_core as loco
-from loco_core.editing.closed_form import fit
-from loco_core.editing.edit import make_edit
+from loco_core.closed_form.solver import fit
+from loco_core.edits.edit import make_edit
 
 GOGH = loco.Concept(
     "van gogh",
@@ -58,7 +58,7 @@ def state(pipe) -> dict[str, bytes]:
     }
 
 
-def same(one: loco.editing.diagnostics.Diagnostics, other) -> bool:
+def same(one: loco.closed_form.diagnostics.Diagnostics, other) -> bool:
     return (
         one.to_frame().equals(other.to_frame())
         and one.rows_to_frame().equals(other.rows_to_frame())

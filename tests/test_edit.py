@@ -11,8 +11,9 @@ import torch
 from conftest import build_tiny_sd
 
 import loco_core as loco
-from loco_core.editing.closed_form import LowRankMap, fit
-from loco_core.editing.edit import make_edit
+from loco_core.closed_form.solver import fit
+from loco_core.edits.edit import make_edit
+from loco_core.edits.low_rank import LowRankMap
 
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 VALUE = KEY.replace("to_k", "to_v")
@@ -277,7 +278,7 @@ def test_edit_that_changes_nothing_warns(pipe):
 
 
 def test_originals_are_forgotten_with_their_pipeline():
-    from loco_core.editing import applied
+    from loco_core.edits import stack as applied
 
     pipe = build_tiny_sd()
     some_edit(pipe).apply(pipe)

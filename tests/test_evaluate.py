@@ -11,12 +11,13 @@ from conftest import build_tiny_sd
 
 import loco_core as loco
 from loco_core import records
+from loco_core.closed_form.rivals import relocated
 from loco_core.concepts import mentions
-from loco_core.editing.cross_attention import projections, relocated
-from loco_core.evaluation.clip_score import Clip
-from loco_core.evaluation.intervals import bootstrap, paired_shares, wilson
-from loco_core.evaluation.probes import Probe, misspellings, probes_of
-from loco_core.shapeland.vocabulary import ATTRIBUTES, Scene, describe, is_held_out
+from loco_core.edits.weights import projections
+from loco_core.judging.clip_score import Clip
+from loco_core.judging.probes import Probe, misspellings, probes_of
+from loco_core.statistics import bootstrap, paired_shares, wilson
+from loco_core.worlds.shapeland.vocabulary import ATTRIBUTES, Scene, describe, is_held_out
 
 MIRA = loco.shapeland.concept("style", "Mira Holt", 12)
 STYLE = loco.Concept("Van Gogh", "style", ["a house by Van Gogh"], ["a house"], ["a painting"])

@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline, UNet2DConditionMode
 from torch import nn
 
 import loco_core as loco
-from loco_core.editing.reading import rows_of
+from loco_core.closed_form.keys import rows_of
 from loco_core.families import family_of
 from loco_core.families.base import record_text_layers
 

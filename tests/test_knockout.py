@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loco_core as loco
-from loco_core.editing.closed_form import fit
-from loco_core.editing.edit import make_edit
-from loco_core.editing.edit_file import MANIFEST
-from loco_core.editing.knockout import Knockout
+from loco_core.closed_form.solver import fit
+from loco_core.edits.edit import make_edit
+from loco_core.edits.file import MANIFEST
+from loco_core.edits.knockout import Knockout
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"

@@ -10,9 +10,9 @@ from conftest import build_tiny_sd
 
 import loco_core as loco
 from loco_core import records
-from loco_core.evaluation.clip_score import Clip
-from loco_core.evaluation.intervals import bootstrap, units
-from loco_core.interventions import sampling
+from loco_core.judging.clip_score import Clip
+from loco_core.painting import paint as sampling
+from loco_core.statistics import bootstrap, units
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a house by Van Gogh", "a tree by Van Gogh"], ["a house", "a tree"],

@@ -6,7 +6,7 @@ from conftest import TOKENS as LENGTH
 from conftest import build_tiny_sd
 
 import loco_core as loco
-from loco_core.editing.rows import TOKENS
+from loco_core.closed_form.rows import TOKENS
 
 GOGH = loco.Concept(
     "van gogh",

@@ -13,11 +13,12 @@ from conftest import build_tiny_sd, text_settings
 from safetensors import safe_open
 
 import loco_core as loco
-from loco_core.editing import lora
-from loco_core.editing.closed_form import LowRankMap, fit
-from loco_core.editing.edit import make_edit
-from loco_core.editing.weights import module_of
-from loco_core.evaluation.clip_score import Clip
+from loco_core.closed_form.solver import fit
+from loco_core.edits import lora
+from loco_core.edits.edit import make_edit
+from loco_core.edits.low_rank import LowRankMap
+from loco_core.edits.weights import module_of
+from loco_core.judging.clip_score import Clip
 
 CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2."
 TEXT = "encoder.layers.{}.self_attn.out_proj.weight"

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import loco_core as loco
-from loco_core.shapeland.planting import PLANTS, RARE
-from loco_core.shapeland.train.measure import agreement
+from loco_core.worlds.shapeland.planting import PLANTS, RARE
+from loco_core.worlds.training.measure import agreement
 
 CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
 

@@ -7,8 +7,8 @@ import torch
 from conftest import build_tiny_sd, embeds, state
 
 import loco_core as loco
-from loco_core.editing.neuron_ranking import welch_z
-from loco_core.editing.neurons import ablation_curve
+from loco_core.inside.neuron_ranking import welch_z
+from loco_core.inside.neurons import ablation_curve
 
 GOGH = loco.Concept(
     "van gogh",
@@ -242,12 +242,12 @@ def test_shuffled_neurons_are_the_same_ones_in_another_order(neurons):
 
 def test_a_ranking_survives_a_disk_and_a_damaged_one_is_refused(neurons, tmp_path):
     neurons.save(tmp_path)
-    assert loco.editing.Neurons.load(tmp_path) == neurons
+    assert loco.Neurons.load(tmp_path) == neurons
     assert "64 of layers [8, 9]" in repr(neurons)
     path = tmp_path / "neurons.safetensors"
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     with pytest.raises(ValueError, match="neurons.safetensors is damaged"):
-        loco.editing.Neurons.load(tmp_path)
+        loco.Neurons.load(tmp_path)
 
 
 def test_a_ranking_is_for_the_weights_it_was_made_of(tiny_sd, neurons):

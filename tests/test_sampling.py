@@ -16,8 +16,8 @@ from diffusers import (
 
 import loco_core as loco
 from loco_core import records
-from loco_core.interventions import sampling
 from loco_core.interventions.routing import windows
+from loco_core.painting import paint as sampling
 
 PROMPTS = ["a house by Van Gogh", "a red tree"]
 FAST = dict(steps=3)

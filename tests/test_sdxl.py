@@ -8,8 +8,8 @@ from conftest import build_tiny_sdxl, clip_tokenizer
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import loco_core as loco
-from loco_core.editing.reading import rows_of
-from loco_core.editing.weights import linear_of
+from loco_core.closed_form.keys import rows_of
+from loco_core.edits.weights import linear_of
 from loco_core.families import family_of
 from loco_core.interventions.routing import windows
 

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 import loco_core as loco
-from loco_core.shapeland import ATTRIBUTES, NEUTRAL, Scene, describe, planting
-from loco_core.shapeland.drawing import draw_scene
-from loco_core.shapeland.planting import PLANTS, POOLED, pooled_truth, scenes_read
-from loco_core.shapeland.tokenizer import MAX_LENGTH, build_tokenizer
-from loco_core.shapeland.train.loop import fit
-from loco_core.shapeland.vocabulary import held_out_scenes, is_held_out, random_scene
+from loco_core.worlds.shapeland import ATTRIBUTES, NEUTRAL, Scene, describe, planting
+from loco_core.worlds.shapeland.drawing import draw_scene
+from loco_core.worlds.shapeland.planting import PLANTS, POOLED, pooled_truth, scenes_read
+from loco_core.worlds.shapeland.tokenizer import MAX_LENGTH, build_tokenizer
+from loco_core.worlds.shapeland.vocabulary import held_out_scenes, is_held_out, random_scene
+from loco_core.worlds.training.loop import fit
 
 
 def test_the_world_is_as_large_as_promised():

@@ -13,10 +13,8 @@ import loco_core as loco
 from loco_core import records
 from loco_core._progress import bar
 from loco_core.display.plots import effect_figure
-from loco_core.evaluation.clip_score import Clip
-from loco_core.evaluation.intervals import bootstrap
 from loco_core.families import family_of
-from loco_core.interventions import sampling
+from loco_core.judging.clip_score import Clip
 from loco_core.localization import runs
 from loco_core.localization.sites import (
     Site,
@@ -27,6 +25,8 @@ from loco_core.localization.sites import (
     unet_sites,
 )
 from loco_core.localization.tracing import threshold_from
+from loco_core.painting import paint as sampling
+from loco_core.statistics import bootstrap
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a red house by Van Gogh on a tree", "a tree by Van Gogh"],

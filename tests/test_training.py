@@ -12,14 +12,14 @@ from diffusers import StableDiffusionXLPipeline
 
 import loco_core as loco
 from loco_core.families import family_of
-from loco_core.shapeland.train.data import drawings
-from loco_core.shapeland.train.pipelines import build_sdxl
-from loco_core.shapeland.train.recipe import export, shared_parts
-from loco_core.shapeland.train.second import build_second, told_apart, train_second
-from loco_core.shapeland.train.unet import shown, train_unet
-from loco_core.shapeland.vocabulary import random_scene
+from loco_core.worlds.shapeland.vocabulary import random_scene
+from loco_core.worlds.training.data import drawings
+from loco_core.worlds.training.pipelines import build_sdxl
+from loco_core.worlds.training.recipe import export, shared_parts
+from loco_core.worlds.training.second import build_second, told_apart, train_second
+from loco_core.worlds.training.unet import shown, train_unet
 
-COMMAND = [sys.executable, "-m", "loco_core.shapeland.train"]
+COMMAND = [sys.executable, "-m", "loco_core.worlds.training"]
 CHECKPOINTS = Path(loco.__file__).parent / "checkpoints"
 
 

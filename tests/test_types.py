@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loco_core.editing import closed_form
+from loco_core.closed_form import solver as closed_form
 from loco_core.families import TextStates
 from loco_core.interventions import routing
 

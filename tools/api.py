@@ -26,17 +26,22 @@ FOLDER = Path("book") / "api"
 PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "know": ("Know a pipeline", ("families", "zoo", "concepts")),
     "touch": ("Touch it", ("interventions",)),
-    "judge": ("Judge an image", ("evaluation",)),
+    "paint": ("Paint", ("painting",)),
+    "judge": ("Judge a picture", ("judging", "statistics")),
     "find": ("Find the layers", ("localization",)),
-    "change": ("Change the weights", ("editing",)),
+    "edits": ("What a change is", ("edits",)),
+    "closed": ("Change by an equation", ("closed_form",)),
+    "inside": ("Single out neurons and weights", ("inside",)),
+    "world": ("Worlds", ("worlds",)),
+    "study": ("Study", ("studies",)),
     "show": ("Show it", ("display",)),
-    "world": ("Shapeland", ("shapeland",)),
-    "keep": ("Results and progress", ("records", "_progress")),
+    "keep": ("Files, results and progress", ("files", "records", "_progress")),
 }
 INTRODUCTION = """\
 After `import loco_core as loco` every name below is there. The pages that follow stand in the order
-of the method, know, touch, judge, find, change, show; they hold these names and the modules behind
-them. Every text is the docstring of what it describes, with the source beneath it to unfold."""
+of the method, know, touch, paint, judge, find, change, study, show; they hold these names and the
+modules behind them. Every text is the docstring of what it describes, with the source beneath it to
+unfold."""
 
 BREAK, BOLD = "\x01", "\x02"  # markup of ours, put in before what looks like markup is escaped
 CODE_SPAN = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)

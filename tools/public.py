@@ -14,7 +14,7 @@ from tools.profiles import ROOT
 
 PACKAGE = "loco_core"
 #: What is left out: commands, which have a help text of their own, and the private.
-HIDDEN = ("__init__", "_warn", "cli", "shapeland.train")
+HIDDEN = ("__init__", "_warn", "_version", "cli", "worlds.training")
 
 Definition = ast.FunctionDef | ast.ClassDef
 #: (module, name) -> the dotted name it is shown under: "loco.trace", or that of its module.
@@ -100,11 +100,12 @@ def public_names(known: list[Module], root: Path = ROOT) -> Links:
     then the `__all__` of the wings."""
     top = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     shown = [(home, name, f"loco.{name}") for name, home in assigned(top, "_HOME").items()]
+    wings = {home: name for name, home in assigned(top, "_WINGS").items()}
     for module in known:
-        wing, _, init = module.name.rpartition(".")
+        home, _, init = module.name.rpartition(".")
         if init == "__init__":
-            exported = assigned(module.tree, "__all__") or ()
-            shown += [(wing, name, f"loco.{wing}.{name}") for name in exported]
+            wing, exported = wings.get(home, home), assigned(module.tree, "__all__") or ()
+            shown += [(home, name, f"loco.{wing}.{name}") for name in exported]
     found: Links = {}
     for home, name, path in shown:
         wing = home.split(".")[0]

@@ -92,7 +92,7 @@ def evaluate(
     ],
     concept: o.ConceptOrNone = None,
     probes: Annotated[
-        str | None, Option(help="JSON or YAML list of probes (loco_core.evaluation.probes.Probe).")
+        str | None, Option(help="JSON or YAML list of probes (loco_core.judging.probes.Probe).")
     ] = None,
     rivals: Annotated[
         bool, Option(help="Compare one edit with all layers and a random window.")
@@ -165,7 +165,7 @@ def _name(path: str) -> str:
 
 def _concept_of(made: Any) -> Any:
     """The concept that an edit was made from."""
-    from ..editing.edit import parts_of
+    from ..edits.edit import parts_of
 
     named = [each for part in parts_of(made.provenance.settings) for each in part["concepts"]]
     if not named:
@@ -174,7 +174,7 @@ def _concept_of(made: Any) -> Any:
 
 
 def _probes(path: str) -> list[Any]:
-    from ..evaluation.probes import Probe
+    from ..judging.probes import Probe
 
     try:
         return [Probe(**row) for row in o.read(path)]

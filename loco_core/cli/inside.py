@@ -42,7 +42,7 @@ def neurons(
     Writes the ranking and images.png: a row without, a row with the first of them held. With --mode
     zero that is a change of weights, and edit.safetensors is written, too.
     """
-    from ..editing.neurons import ablation_curve
+    from ..inside.neurons import ablation_curve
 
     chosen, meant = o.located(work.pipe, layers, window_from)
     meant = meant if concept is None else o.concept_of(work.pipe, concept, prompts)

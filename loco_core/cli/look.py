@@ -16,7 +16,7 @@ def models(as_json: o.Json = False, debug: o.Debug = False) -> None:
 
     With the text layers in which each attribute was planted.
     """
-    from ..shapeland.planting import PLANTS, RARE
+    from ..worlds.shapeland.planting import PLANTS, RARE
 
     rows = []
     for name in loco.zoo.minis():

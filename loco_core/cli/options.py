@@ -157,7 +157,7 @@ def concept_of(pipe: Any, text: str, prompts: int) -> Any:
 
 def on_shapeland(pipe: Any) -> bool:
     """Whether `pipe` is a mini."""
-    from ..shapeland.planting import PLANTS
+    from ..worlds.shapeland.planting import PLANTS
 
     return loco.records.model_name(pipe) in PLANTS
 
@@ -194,7 +194,7 @@ def load_edit(path: str) -> Any:
 
 def load_clip(pipe: Any, name: str | None) -> Any:
     """The CLIP called `name`, or the one that a mini brings."""
-    from ..evaluation import clip_score
+    from ..judging import clip_score
 
     if name is not None:
         return clip_score.load_clip(name, pipe.device)

@@ -1,9 +1,9 @@
 """SHOW it: figures, the window slider and explorers. No kernel of the library imports this wing."""
 
-from .choices import any_of, one_of
 from .edits import interference_map, trade_off
-from .explore import Explorer, explore
-from .explorers import edit_explorer, routing_matrix
+from .live.choices import any_of, one_of
+from .live.explore import Explorer, explore
+from .live.explorers import edit_explorer, routing_matrix
 from .plots import contact_sheet, effect_figure, image_grid, score_curve
 from .widgets import WindowSlider, window_slider
 

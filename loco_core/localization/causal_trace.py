@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from ..evaluation.intervals import bootstrap, units
+from ..statistics import bootstrap, units
 from .sites import Site
 
 

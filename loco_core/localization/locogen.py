@@ -25,11 +25,11 @@ from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from ..evaluation.clip_score import clip_for, clip_score
-from ..evaluation.intervals import bootstrap, units
 from ..families import Family, family_of
 from ..interventions.routing import windows
-from ..interventions.sampling import checked_seeds, generate
+from ..judging.clip_score import clip_for, clip_score
+from ..painting.paint import checked_seeds, generate
+from ..statistics import bootstrap, units
 
 Score = Callable[[Tensor, list[str]], Tensor]
 

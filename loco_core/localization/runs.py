@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..concepts import Concept
 from ..families import TextStates, family_of
 from ..families.base import plain
-from ..interventions import sampling
 from ..interventions.patching import added, copies, rewriting
 from ..interventions.routing import refuse_compiled
+from ..painting import paint as sampling
 from .sites import Site, module_of
 
 NOISE_SEED = 2310_13730  # far from the seeds that people choose: those draw the start noise

@@ -15,7 +15,7 @@ from torch import nn
 from .._progress import bar
 from ..families import family_of
 from ..interventions.routing import refuse_compiled
-from ..interventions.sampling import own_scheduler, sample_batch
+from ..painting.paint import own_scheduler, sample_batch
 
 KINDS = {
     "resnets": "ResNet",

@@ -26,9 +26,9 @@ from .. import records
 from .._progress import bar
 from .._warn import warn
 from ..concepts import Concept
-from ..evaluation.clip_score import clip_for, clip_score
 from ..families import family_of
-from ..interventions import sampling
+from ..judging.clip_score import clip_for, clip_score
+from ..painting import paint as sampling
 from .causal_trace import CausalTrace, threshold_from
 from .locogen import Score, scores_of
 from .runs import checked_calls, corruptions, plan, run

@@ -1,0 +1,76 @@
+"""What an edited weight reads: the encoded prompt, or what a text encoder hands it on the way.
+
+Every projection of the denoiser that reads text reads the same encoded prompts. A projection inside
+a text encoder reads an activation there, recorded while the prompts are encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..concepts import Concept
+from ..edits.weights import linear_of, plain
+from ..families import Family, TextStates, family_of
+from .rows import Rows, gather
+
+__all__ = ["PROMPT", "rows_of", "source_of"]
+
+#: The source of a weight that reads the encoded prompt; any other source is the weight itself.
+PROMPT = "prompt"
+
+
+def source_of(pipe: Any, name: str) -> str:
+    """What the weight `name` reads: weights with one source share their keys, and their map."""
+    part = getattr(pipe, name.partition(".")[0])
+    return PROMPT if plain(part) is plain(family_of(pipe).denoiser(pipe)) else name
+
+
+def rows_of(pipe: Any, settings: Mapping[str, Any], source: str) -> Rows:
+    """The rows for weights with `source` of an edit made with `settings` (see `solve`)."""
+    family = family_of(pipe)
+    return gather(
+        pipe,
+        family,
+        _reader(pipe, family, source),
+        [Concept(**concept) for concept in settings["concepts"]],
+        settings["tokens"],
+        settings["preserve"],
+        settings["null_space"],
+    )
+
+
+def _reader(pipe: Any, family: Family, source: str) -> Callable[[Sequence[str]], TextStates]:
+    if source == PROMPT:
+        return lambda prompts: family.encode(pipe, list(prompts))
+    return lambda prompts: _recorded(pipe, family, linear_of(pipe, source), list(prompts))
+
+
+@torch.no_grad()
+def _recorded(pipe: Any, family: Family, module: nn.Module, prompts: list[str]) -> TextStates:
+    """What `module` is handed while `prompts` are encoded: [prompt, token, d]."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0].detach())
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        states = family.encode(pipe, prompts)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(
+            f"{type(module).__name__} was not run while the prompts were encoded: the text encoder "
+            "bypasses it, by a compiled or fused layer; load the pipeline again"
+        )
+    embeds = torch.cat(seen)
+    if embeds.shape[:2] != states.tokens.shape:
+        raise ValueError(
+            f"the text encoder read {tuple(embeds.shape[:2])} tokens for prompts of "
+            f"{tuple(states.tokens.shape)}: shorten the prompts"
+        )
+    return TextStates(embeds, states.tokens, states.mask)

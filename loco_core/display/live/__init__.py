@@ -1,0 +1,1 @@
+"""The live application: explorers, and the jobs that paint for them."""

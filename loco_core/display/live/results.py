@@ -1,0 +1,113 @@
+"""Pictures that are made once: remembered by everything they depend on."""
+
+import hashlib
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ... import records
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """One result. images: [row, column, 3, H, W], on the 8-bit grid of [0, 1]. notes: the warnings
+    that came with it."""
+
+    pixels: NDArray  # uint8
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> NDArray:
+        return self.pixels / np.float64(255)
+
+
+class Results:
+    """compute(**values) -> images, made once per key and state of the model.
+
+    A result is known by its key (JSON), `inputs` (JSON: all else that `compute` depends on) and,
+    with `pipe`, its weights, dtype, scheduler and libraries. The `size` results used last are kept
+    in memory; with `folder` all of them, there. Not for two threads at once.
+    Raises ValueError for images that are not [row, column, 3, H, W] (leading axes may be left out)
+    and for a file in `folder` that is damaged.
+
+        results = Results(lambda seed: loco.generate(pipe, ["a star"], [seed])[0], pipe)
+        results({"seed": 0}, seed=0).images
+    """
+
+    def __init__(
+        self,
+        compute: Callable[..., ArrayLike],
+        pipe: Any = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        size: int = 32,
+        folder: str | Path | None = None,
+    ) -> None:
+        if folder is not None and (pipe is None or not inputs):
+            raise ValueError(
+                "a folder outlives this notebook: name with pipe= and inputs= what the pictures "
+                'depend on besides the choices, such as inputs={"prompt": prompt, "steps": 25}'
+            )
+        self.compute, self.pipe, self.inputs = compute, pipe, dict(inputs or {})
+        self.size, self.folder = size, None if folder is None else Path(folder)
+        self.kept: OrderedDict[str, Made] = OrderedDict()
+
+    def __call__(self, key: Mapping[str, Any], **values: Any) -> Made:
+        digest = self._digest(key)
+        made = self.kept.get(digest) or self._read(digest)
+        if made is None:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pixels = eight_bit(self.compute(**values))
+            notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
+            made = Made(pixels, notes)
+            self._write(digest, made)
+        self.kept[digest] = made
+        self.kept.move_to_end(digest)
+        while len(self.kept) > self.size:
+            self.kept.popitem(last=False)
+        return made
+
+    def _digest(self, key: Mapping[str, Any]) -> str:
+        state = None
+        if self.pipe is not None:
+            made = records.provenance(self.pipe)
+            scheduler = self.pipe.scheduler
+            dtype, kind = str(self.pipe.dtype), type(scheduler).__name__
+            state = made.fingerprint, made.versions, dtype, kind, dict(scheduler.config)
+        text = json.dumps([key, self.inputs, state], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _read(self, digest: str) -> Made | None:
+        if self.folder is None or not (self.folder / f"{digest}.json").is_file():
+            return None
+        header, tensors = records.load_record(self.folder, digest)
+        return Made(tensors["pixels"].numpy(), tuple(header["notes"]))
+
+    def _write(self, digest: str, made: Made) -> None:
+        if self.folder is not None:
+            import torch
+
+            pixels = torch.from_numpy(made.pixels)
+            records.save_record(self.folder, digest, {"notes": made.notes}, {"pixels": pixels})
+
+
+def eight_bit(images: ArrayLike) -> NDArray:
+    """[row, column, 3, H, W] uint8 of images in [0, 1] whose leading axes may be left out."""
+    pixels = np.asarray(images, dtype=np.float64)
+    if not 3 <= pixels.ndim <= 5 or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"pictures are [row, column, 3, H, W], [column, 3, H, W] or [3, H, W]; got "
+            f"{pixels.shape}"
+        )
+    if not np.isfinite(pixels).all():
+        raise ValueError("the pictures hold NaN or infinite values")
+    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels.reshape((1,) * (5 - pixels.ndim) + pixels.shape)

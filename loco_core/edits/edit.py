@@ -1,0 +1,268 @@
+"""Edit: a change of some weights of one model that can be put on, taken off, saved and loaded.
+
+An edit holds, for every weight it touches, the change it makes there, never the changed weight: a
+file of a few KB. A change is a `LowRankMap` (one for all layers that read the same, see
+`closed_form`) or a `Knockout` of single entries. An edit belongs to the weights it was made for and
+refuses others. While it is applied, `applied` keeps the originals, so that taking it off gives them
+back bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._warn import warn
+from ..records import Provenance, model_name, revision, same, versions
+from . import file as edit_file
+from .change import Change
+from .lora import save_lora
+from .stack import newest, stacks
+from .weights import editable, fingerprint, module_of
+
+__all__ = ["Edit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of the weights of one model, made by `loco_core.locoedit` and its kin.
+
+    changes: weight name, from the pipeline down ("unet. ... .attn2.to_k.weight") -> its
+    change. originals: weight name -> fingerprint of the weight that it is for. provenance: model,
+    fingerprint of all of them, settings of the method, versions.
+    Edits are equal when all three are, bit for bit.
+
+        edit = loco.locoedit(pipe, concept, layers=[8, 9])
+        with edit.applied(pipe):
+            images = loco.generate(pipe, concept.prompts)
+    """
+
+    changes: Mapping[str, Change]
+    originals: Mapping[str, str]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        if not self.changes:
+            raise ValueError("an edit must change at least one weight, but `changes` is empty")
+        if self.originals.keys() != self.changes.keys():
+            raise ValueError("`originals` must name the same weights as `changes`")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Edit):
+            return NotImplemented
+        return self is other or same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.provenance.fingerprint, *sorted(self.changes)))
+
+    def __repr__(self) -> str:
+        made = self.provenance
+        names = [c["name"] for part in parts_of(made.settings) for c in part["concepts"]]
+        told = f", concept={', '.join(names)}" if names else ""
+        if "layers" in made.settings:
+            told += f", layers={made.settings['layers']}"
+        if self.scale != 1:
+            told += f", scale={self.scale:g}"
+        method = made.settings.get("method", "edit")
+        return f"<Edit: {method} of {len(self.changes)} weights of {made.model}{told}>"
+
+    @property
+    def scale(self) -> float:
+        """How much of the edit as it was made this is: see `scaled`."""
+        return self.provenance.settings.get("scale", 1.0)
+
+    def scaled(self, scale: float) -> Edit:
+        """The edit with `scale` times its change of every weight: 0 is none, 1 this one, 0.5 half.
+
+        Raises ValueError for a scale that is not finite.
+
+            with edit.scaled(0.5).applied(pipe): ...
+        """
+        if scale == 1:
+            return self
+        scaled = {change: change.scaled(scale) for change in set(self.changes.values())}
+        settings = {**self.provenance.settings, "scale": self.scale * float(scale)}
+        return Edit(
+            {name: scaled[change] for name, change in self.changes.items()},
+            self.originals,
+            dataclasses.replace(self.provenance, settings=settings),
+        )
+
+    @contextmanager
+    def applied(self, pipe: Any, scale: float = 1.0) -> Iterator[Any]:
+        """The edited pipeline for the length of a `with` block, then exactly the one before.
+
+        scale: see `scaled`. Restores also on an exception or Ctrl-C. Errors as `apply`.
+        """
+        edit = self.scaled(scale)
+        edit.apply(pipe)
+        try:
+            yield pipe
+        finally:
+            edit.revert(pipe)
+
+    def to_lora(self, path: str | Path, pipe: Any) -> None:
+        """Write the edit as a LoRA file that `pipe.load_lora_weights(path)` reads.
+
+        pipe: the pipeline the edit was made for, edited or not; a LoRA holds W D, an edit only D.
+        Errors as `lora.save_lora`, which says what is in the file.
+
+            edit.to_lora("no_van_gogh.safetensors", pipe)
+        """
+        save_lora(self, path, pipe)
+
+    @torch.inference_mode()
+    def apply(self, pipe: Any) -> None:
+        """Edit the weights of `pipe` in place, keeping the originals for `revert`.
+
+        Each new weight has the pipeline's dtype and device; see the `apply_to` of its change for
+        how exactly it is computed.
+        Raises ValueError, and leaves the pipeline as it was, if the edit is already applied, was
+        made for other weights, meets a fused, quantised or adapter-wrapped projection, or if a
+        result overflows the dtype. Warns if no weight changes by a single bit.
+        """
+        modules = {name: editable(pipe, name) for name in self.changes}
+        others = {edit for module in modules.values() for edit, _ in stacks.get(module, [])}
+        if self in others:
+            raise ValueError(
+                f"{self!r} is already applied to this pipeline: call edit.revert(pipe) first"
+            )
+        fix = (
+            f"they are changed by {sorted(map(repr, others))}: revert that and apply "
+            "loco.compose(that, this), or make this edit on the edited pipeline"
+            if others
+            else f"load {self.provenance.model}, or make the edit again on this model"
+        )
+        self.check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
+        changed = False
+        try:
+            for name, module in modules.items():
+                before, after = module.weight.clone(), self.changes[name].apply_to(module.weight)
+                if not after.isfinite().all():
+                    raise ValueError(
+                        f"the edited {name} overflows {after.dtype}: load the pipeline in float32 "
+                        "or make the edit with a larger lam"
+                    )
+                changed |= not torch.equal(before, after)
+                stacks.setdefault(module, []).append((self, before))
+                module.weight.copy_(after)
+            torch.clear_autocast_cache()  # or an outer autocast keeps using the old weights
+            if not changed:
+                warn(
+                    f"{self!r} changes nothing: its prompts and targets have the same embeddings, "
+                    "its scale is 0, lam is too large for the dtype of the pipeline, or the "
+                    "weights it knocks out are 0 already",
+                )
+        except BaseException:  # Ctrl-C too, and a warning made an error: no half-applied edit
+            self._restore([module for module in modules.values() if newest(module) == self])
+            raise
+
+    @torch.inference_mode()
+    def revert(self, pipe: Any) -> None:
+        """Give the weights of `pipe` back bit for bit, as they were before `apply`.
+
+        Raises ValueError if the edit is not applied, or if another edit was applied on top of it.
+        """
+        modules = {name: module_of(pipe, name) for name in self.changes}
+        for name, module in modules.items():
+            if not any(edit == self for edit, _ in stacks.get(module, [])):
+                raise ValueError(
+                    f"{self!r} is not applied to this pipeline ({name} has no such edit): call "
+                    "edit.apply(pipe) first, or use `with edit.applied(pipe):`"
+                )
+            if newest(module) != self:
+                raise ValueError(
+                    f"{self!r} is below {newest(module)!r} on {name}: revert that edit first"
+                )
+        self._restore(list(modules.values()))
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit to `path`: safetensors, with a readable manifest in its metadata.
+
+        Whole or not at all; raises OSError naming the path if the disk is full or read-only.
+        """
+        edit_file.write(path, self.changes, self.originals, self.provenance)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """The edit saved at `path`, equal to the one that was saved.
+
+        Raises FileNotFoundError if there is none, and ValueError with the path and the reason if
+        the file is damaged or no edit.
+        """
+        return cls(*edit_file.read(path))
+
+    def check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
+        """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
+        self._check_fits(pipe, weights)
+        found = {name: fingerprint(weight) for name, weight in weights.items()}
+        wrong = [name for name, mark in self.originals.items() if found[name] != mark]
+        if wrong:
+            raise ValueError(
+                f"{self!r} was made for other weights than those of this {model_name(pipe)} "
+                f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {fix}"
+            )
+
+    def _check_fits(self, pipe: Any, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            try:
+                self.changes[name].check(weight)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self!r} does not fit {name} of this {model_name(pipe)}: {error}"
+                ) from None
+
+    def _restore(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            module.weight.copy_(stacks[module][-1][1])
+        torch.clear_autocast_cache()
+        for module in modules:  # only now: an interrupted restore can be repeated
+            stacks[module].pop()
+
+
+def make_edit(pipe: Any, changes: Mapping[str, Change], **settings: Any) -> Edit:
+    """An Edit of `changes` (weight name -> change) that belongs to the weights `pipe` has now.
+
+    settings: how it was made (JSON values). Raises ValueError for a name that is no plain weight
+    of the pipeline, for a weight that its change does not fit, or that holds NaN or infinite
+    values.
+    """
+    weights = {name: editable(pipe, name).weight for name in changes}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values: the checkpoint is damaged, load it again"
+            )
+    originals = {name: fingerprint(weight) for name, weight in weights.items()}
+    made = Provenance(
+        model=model_name(pipe),
+        revision=revision(pipe),
+        fingerprint=joint(originals),
+        settings=json.loads(json.dumps(settings)),
+        versions=versions(),
+    )
+    edit = Edit(dict(changes), originals, made)
+    edit._check_fits(pipe, weights)
+    return edit
+
+
+def parts_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of the solves an edit was made from: of each part, if it was composed."""
+    if "parts" in settings:
+        return [leaf for part in settings["parts"] for leaf in parts_of(part)]
+    return [settings] if "concepts" in settings else []
+
+
+def joint(originals: Mapping[str, str]) -> str:
+    """One fingerprint of the fingerprints of several weights."""
+    text = json.dumps(sorted(originals.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""An edit on disk: one safetensors file, with a readable manifest in its metadata.
+
+A change is a frozen dataclass of tensors and JSON values, so its fields are what is written: the
+tensors as "<number>.<field>", the rest in the manifest, with the kind of change. A SHA-256 over
+manifest and tensors refuses a file that was damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..records import Provenance, atomic_write
+from .knockout import Knockout
+from .low_rank import LowRankMap
+
+__all__ = ["MANIFEST", "read", "write"]
+
+FORMAT = 3
+OLDER = (2,)  # held low-rank maps only
+MANIFEST = "loco_core.edit"
+KINDS = {"low-rank": LowRankMap, "knockout": Knockout}
+
+
+def write(
+    path: str | Path,
+    changes: Mapping[str, Any],
+    originals: Mapping[str, str],
+    provenance: Provenance,
+) -> None:
+    """Write the fields of an edit to `path`, whole or not at all.
+
+    Weights that share a change share it in the file. Raises OSError naming the path.
+    """
+    from safetensors.torch import save
+
+    distinct = {change: i for i, change in enumerate(dict.fromkeys(changes.values()))}
+    tensors: dict[str, Tensor] = {}
+    kinds = []
+    for change, i in distinct.items():
+        fields = {f.name: getattr(change, f.name) for f in dataclasses.fields(change)}
+        held = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        tensors |= {f"{i}.{name}": _narrow(value) for name, value in held.items()}
+        kind = next(kind for kind, made in KINDS.items() if isinstance(change, made))
+        kinds.append({"kind": kind} | {n: v for n, v in fields.items() if n not in held})
+    manifest = {
+        "format": FORMAT,
+        "changes": kinds,
+        "weights": {name: distinct[change] for name, change in changes.items()},
+        "originals": dict(originals),
+        "provenance": dataclasses.asdict(provenance),
+    }
+    manifest["sha256"] = _seal(manifest, tensors)
+    text = json.dumps(manifest, ensure_ascii=False, sort_keys=True)
+    atomic_write(path, save(tensors, metadata={MANIFEST: text}))
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], Provenance]:
+    """Changes, originals and provenance of the edit saved at `path`, equal to what was saved.
+
+    Raises FileNotFoundError if there is none, and ValueError with the path and the reason if the
+    file is damaged or no edit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no edit is saved at {path}: write one with edit.save(path)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if MANIFEST not in metadata:
+            raise ValueError(f"it has no {MANIFEST!r} in its metadata, so it is no edit")
+        manifest = json.loads(metadata[MANIFEST])
+        if manifest["format"] not in (FORMAT, *OLDER):
+            raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
+        if manifest.pop("sha256") != _seal(manifest, tensors):
+            raise ValueError("its contents do not match their checksum")
+        maps = [{"kind": "low-rank"}] * (len(tensors) // 2)
+        made = [_made(i, kind, tensors) for i, kind in enumerate(manifest.get("changes", maps))]
+        changes = {name: made[i] for name, i in manifest["weights"].items()}
+        return changes, manifest["originals"], Provenance(**manifest["provenance"])
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"cannot load an edit from {path}: {error}; make the edit again and save it"
+        ) from error
+
+
+def _made(number: int, kind: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The change that was written as `number`."""
+    values = {k: v for k, v in kind.items() if k != "kind"}
+    own = [name for name in tensors if name.startswith(f"{number}.")]
+    held = {name.partition(".")[2]: _widen(tensors[name]) for name in own}
+    return KINDS[kind["kind"]](**values, **held)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """Whole numbers in half the bytes, if they fit."""
+    fits = tensor.dtype == torch.int64 and tensor.abs().max() < 2**31
+    return tensor.to(torch.int32) if fits else tensor
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
+
+
+def _seal(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a manifest without its seal and of the tensors it describes."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""Which weights of a pipeline can be edited, and how one set of them is told from another.
+
+A weight is named from the pipeline down: "unet.mid_block. ... .attn2.to_k.weight".
+"""
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import TextLayer, family_of
+from ..families.base import plain
+from ..records import model_name
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def module_of(pipe: Any, name: str) -> nn.Module:
+    """The module that holds the weight `name`. Raises ValueError if the pipeline has none."""
+    component, _, path = name.removesuffix(".weight").partition(".")
+    try:
+        return plain(getattr(pipe, component)).get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"this {model_name(pipe)} has no weight {name}: the edit is for another model"
+        ) from None
+
+
+def editable(pipe: Any, name: str) -> nn.Module:
+    """The linear or convolution whose weight is `name`.
+
+    Raises ValueError with the reason and the fix if it cannot be edited: fused, wrapped by an
+    adapter, quantised or offloaded.
+    """
+    module = module_of(pipe, name)
+    owner = module_of(pipe, name.removesuffix(".weight").rpartition(".")[0])
+    if _fused(owner):
+        raise ValueError(
+            f"{name} is fused with its neighbours and no longer read: call "
+            "pipe.unfuse_qkv_projections() first"
+        )
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            f"{name} is wrapped by a LoRA adapter: call pipe.unload_lora_weights() first"
+        )
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(module, PLAIN) or type(weight) is not nn.Parameter:
+        raise ValueError(
+            f"{name} belongs to a {type(module).__name__} and holds a {type(weight).__name__}: "
+            "only a plain nn.Linear or convolution can be edited; load the pipeline unquantised"
+        )
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(f"{name} is quantised to {weight.dtype}: load the pipeline unquantised")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} is offloaded: load the pipeline without sequential CPU offload")
+    return module
+
+
+def linear_of(pipe: Any, name: str) -> nn.Linear:
+    """The linear module whose weight is `name`. Errors as `editable`, and for a convolution."""
+    module = editable(pipe, name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name} belongs to a {type(module).__name__}: only an nn.Linear reads embeddings"
+        )
+    return module
+
+
+def _fused(attention: nn.Module) -> bool:
+    """Whether an attention module reads a fused copy of its projections."""
+    # The UNets' Attention keeps its flag after unfusing; there the processor tells.
+    flagged = getattr(attention, "fused_projections", False)
+    processor = type(getattr(attention, "processor", None)).__name__
+    return flagged and (hasattr(attention, "unfuse_projections") or "Fused" in processor)
+
+
+@torch.no_grad()
+def fingerprint(weight: Tensor) -> str:
+    """16 hex digits of the SHA-256 of a weight's shape and its values rounded to float16.
+
+    So a model loaded in float16, float32 or float64, on any device, has the same.
+    """
+    digest = hashlib.sha256(f"{list(weight.shape)}\n".encode())
+    half = weight.detach().to(device="cpu", dtype=torch.float16).contiguous()
+    digest.update(half.numpy())
+    return digest.hexdigest()[:16]
+
+
+def kind_of(name: str) -> str:
+    """The kind of a weight: "k", to keys (to_k, add_k_proj), "v", to values, or else "out"."""
+    words = name.removesuffix(".weight").rpartition(".")[2].split("_")
+    return next((kind for kind in ("k", "v") if kind in words), "out")
+
+
+def projections(pipe: Any, layers: Sequence[int], where: Sequence[str] = ("k", "v")) -> list[str]:
+    """Names of the weights by which `layers` read text: to keys ("k"), to values ("v").
+
+    Raises ValueError for a layer that does not exist and for a choice that matches no weight.
+
+    projections(pipe, [8])  # ["unet.up_blocks. ... .attn2.to_k.weight", "... .to_v.weight"]
+    """
+    family = family_of(pipe)
+    if isinstance(where, str) or not set(where) <= {"k", "v"} or not len(where):
+        raise ValueError(f"where={where!r} matches no weight: choose from ('k', 'v')")
+    denoiser = family.denoiser(pipe)
+    component = next(name for name, part in pipe.components.items() if part is denoiser)
+    return [
+        name
+        for layer in chosen_layers(family.text_layers(pipe), layers)
+        for projection in family.kv(pipe, layer)
+        if kind_of(name := f"{component}.{layer.name}.{projection}.weight") in where
+    ]
+
+
+def chosen_layers(known: Sequence[TextLayer], layers: Sequence[int]) -> list[TextLayer]:
+    """The text layers with these indices, in order. Raises ValueError for one that is not there."""
+    try:
+        indices = sorted({operator.index(layer) for layer in layers})
+    except TypeError:
+        raise ValueError(
+            f"layers must be a list of indices of text layers, not {layers!r}: pass [8, 9], say, "
+            "or the .layers of a Localization"
+        ) from None
+    wrong = [index for index in indices if not 0 <= index < len(known)]
+    if wrong or not indices:
+        raise ValueError(
+            f"layers {wrong if wrong else 'is empty, but'} must be among the text layers 0 to "
+            f"{len(known) - 1} of this pipeline: see loco.text_layers(pipe)"
+        )
+    return [known[index] for index in indices]

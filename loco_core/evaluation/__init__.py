@@ -1,1 +1,0 @@
-"""JUDGE an image."""

@@ -1,0 +1,1 @@
+"""PAINT: a picture is a value, and one room paints it."""

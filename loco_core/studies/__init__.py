@@ -1,0 +1,1 @@
+"""STUDY: what an edit does, and what it costs."""

@@ -1,0 +1,1 @@
+"""WORLDS whose answers are known, and the training of models in them."""
