@@ -12,7 +12,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,56 @@ class Provenance:
 def provenance(pipe: Any, **settings: Any) -> Provenance:
     """The provenance of something made now with the diffusers pipeline `pipe`.
 
+    Its fingerprint is that of all networks of the pipeline, in the sense of `digest`.
+
     records.provenance(pipe, prompts=["a star"], seeds=[0], steps=25).fingerprint
     """
-    parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
     return Provenance(
         model=model_name(pipe),
         revision=revision(pipe),
-        fingerprint=fingerprint(nn.ModuleDict(parts)),
+        fingerprint=fingerprint(weights(pipe)),
         settings=json.loads(json.dumps(settings)),
         versions=versions(),
     )
 
 
+@dataclass(frozen=True)
+class Source:
+    """How `loco.load` made a pipeline, fixed then: a later change of the working directory or of a
+    config changes nothing.
+
+    name: of the model: Hub id, or last part of the folder. folder: resolved, None for a Hub id.
+    device, dtype, revision, variant: as they were asked for, with the defaults filled in.
+    """
+
+    name: str
+    folder: Path | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+
+_SOURCES: MutableMapping[Any, Source] = weakref.WeakKeyDictionary()
+
+
+def remember(pipe: Any, source: Source) -> None:
+    """Note where the pipeline `pipe` came from, for as long as it lives."""
+    _SOURCES[pipe] = source
+
+
+def source_of(pipe: Any) -> Source | None:
+    """Where a pipeline came from, or None if it was not `loco.load` that made it."""
+    return _SOURCES.get(pipe)
+
+
 def model_name(pipe: Any) -> str:
     """The Hub id of a pipeline, or the last part of the folder it was loaded from."""
-    source = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
-    return Path(source).name if Path(source).is_dir() else source
+    if source := source_of(pipe):
+        return source.name
+    named = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    # A relative folder may look like a Hub id; what came from the Hub lies in its cache.
+    return named if revision(pipe) else Path(named).name or named
 
 
 def revision(pipe: Any) -> str | None:
@@ -76,20 +111,80 @@ def versions() -> dict[str, str]:
     return {"loco_core": __version__, **found}
 
 
-@torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """16 hex digits that tell one set of weights from another.
+def weights(owner: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and buffer of a network, or of all networks of a pipeline.
 
-    Over names, shapes and the exact sum of the bits of the weights rounded to float16: the same
-    whether the model was loaded in float16, float32 or float64, on a CPU or a GPU.
+    Tensors stay where they are; those that accelerate keeps elsewhere are read one by one.
+    Raises ValueError for one that is nowhere.
     """
-    sums = {
-        name: (list(x.shape), x.detach().to(torch.float16).view(torch.int16).sum(dtype=torch.int64))
-        for name, x in module.state_dict().items()
-        if x.is_floating_point()
-    }
-    text = json.dumps([[name, shape, int(total)] for name, (shape, total) in sorted(sums.items())])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not isinstance(owner, nn.Module):
+        for component, part in owner.components.items():
+            if isinstance(part, nn.Module):
+                yield from ((f"{component}.{name}", x) for name, x in weights(part))
+        return
+    for path, module in owner.named_modules():
+        own = (*module.named_parameters("", False), *module.named_buffers("", False))
+        for name, x in own:
+            full = f"{path}.{name}" if path else name
+            yield full, _offloaded(module, full, name) if x.device.type == "meta" else x
+
+
+def _offloaded(module: nn.Module, full: str, name: str) -> Tensor:
+    """A tensor that accelerate put aside, from the map of the module's hook."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            return kept[name]
+    raise ValueError(
+        f"{full} is on the meta device and has no values: load the weights before they are read"
+    )
+
+
+#: Entries that are rounded and hashed at a time: what stays in a cache of the processor.
+CHUNK = 1 << 18
+
+
+@torch.no_grad()
+def digest(named: nn.Module | Iterable[tuple[str, Tensor]], exact: bool = False) -> str:
+    """SHA-256 (hex) of weights: of the name, shape and bytes of every tensor, in order of names.
+
+    named: a network, or (name, tensor) pairs in any order, which may be made one by one, as
+    `weights` does. exact=True takes dtypes and bytes as they are. exact=False first rounds
+    floating point to float16: the same for a model loaded in float16, float32 or float64.
+    bfloat16 has fewer bits than float16, so a model loaded in it has a digest of its own, the same
+    again when it is widened. Integers and booleans are never rounded. Devices do not matter.
+    Raises ValueError for a name given twice and for a tensor without values.
+
+    records.digest(pipe.unet, exact=True)
+    """
+    pairs = weights(named) if isinstance(named, nn.Module) else named
+    found: dict[str, str] = {}
+    for name, x in pairs:
+        if name in found:
+            raise ValueError(f"two tensors are named {name!r}: every weight needs its own name")
+        found[name] = _digest(name, x.detach(), rounded=not exact and x.is_floating_point())
+    return hashlib.sha256("\n".join(found[name] for name in sorted(found)).encode()).hexdigest()
+
+
+def _digest(name: str, x: Tensor, rounded: bool) -> str:
+    if x.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and has no values: pass records.weights")
+    kind = "rounded to float16" if rounded else str(x.dtype)
+    found = hashlib.sha256(json.dumps([name, kind, list(x.shape)]).encode())
+    for piece in x.contiguous().view(-1).split(CHUNK):
+        if rounded:
+            piece = piece.to(torch.float16)
+        found.update(piece.cpu().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def fingerprint(named: nn.Module | Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits that tell one set of weights from another: the start of `digest`.
+
+    The same whether the model was loaded in float16, float32 or float64, on a CPU or a GPU.
+    """
+    return digest(named)[:16]
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from there.
 import importlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _progress
+from . import _progress, records
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SHARED = "shared"
@@ -66,7 +67,11 @@ def load(
                 options["feature_extractor"] = None
         pipe = DiffusionPipeline.from_pretrained(str(folder or name), **options)
     check_finite(pipe.components, name)
-    return pipe if device is None else pipe.to(device)
+    pipe = pipe if device is None else pipe.to(device)
+    called = str(name) if folder is None else Path(os.path.abspath(folder)).name
+    home = None if folder is None else folder.resolve()
+    records.remember(pipe, records.Source(called, home, pipe.device, dtype, revision, variant))
+    return pipe
 
 
 def folder_of(name: str | Path) -> Path | None:
