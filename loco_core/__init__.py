@@ -43,12 +43,15 @@ _HOME = {
     "trace": "localization.tracing",
     "uce": "closed_form.methods",
 }
-#: Wings and rooms under `loco`, by where they are.
+#: Wings and rooms under `loco`, by where they are. Those called `editing` and `evaluation` in 0.3
+#: still answer to these names.
 _WINGS = {
     "closed_form": "closed_form",
     "concepts": "concepts",
     "display": "display",
+    "editing": "editing",
     "edits": "edits",
+    "evaluation": "judging",
     "families": "families",
     "inside": "inside",
     "interventions": "interventions",

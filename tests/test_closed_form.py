@@ -381,7 +381,7 @@ def test_settings_that_shorten_float32_products_do_not_reach_an_edit(short_produ
     W, change = draw(0, 64, 64).float(), some_map(1, 3, 64)
     edited = change.apply_to(W)
     assert edited.dtype == torch.float32
-    assert torch.equal(edited, (W.double() + change.delta(W)).float())
+    assert distance(edited.double() - W.double(), change.delta(W)) < 2e-6  # bfloat16: 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

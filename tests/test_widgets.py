@@ -10,8 +10,7 @@ from conftest import build_tiny_sd, state
 
 import loco_core as loco
 from loco_core._progress import watched
-from loco_core.display import any_of, edit_explorer, one_of, routing_matrix
-from loco_core.display.live import explore
+from loco_core.display import any_of, edit_explorer, explore, one_of, routing_matrix
 from loco_core.display.live.jobs import Cancelled, Job, take_turns_with_cells
 from loco_core.display.live.results import Results, eight_bit
 from loco_core.display.plots import contact_sheet

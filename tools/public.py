@@ -13,8 +13,8 @@ from typing import Any
 from tools.profiles import ROOT
 
 PACKAGE = "loco_core"
-#: What is left out: commands, which have a help text of their own, and the private.
-HIDDEN = ("__init__", "_warn", "_version", "cli", "worlds.training")
+#: What is left out: commands, which have a help text of their own, old names, and the private.
+HIDDEN = ("__init__", "_warn", "_version", "cli", "editing", "worlds.training")
 
 Definition = ast.FunctionDef | ast.ClassDef
 #: (module, name) -> the dotted name it is shown under: "loco.trace", or that of its module.
@@ -100,7 +100,10 @@ def public_names(known: list[Module], root: Path = ROOT) -> Links:
     then the `__all__` of the wings."""
     top = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     shown = [(home, name, f"loco.{name}") for name, home in assigned(top, "_HOME").items()]
-    wings = {home: name for name, home in assigned(top, "_WINGS").items()}
+    wings: dict[str, str] = {}
+    for name, home in assigned(top, "_WINGS").items():
+        if home not in wings or home.endswith(name):  # not the name it had in 0.3
+            wings[home] = name
     for module in known:
         home, _, init = module.name.rpartition(".")
         if init == "__init__":
