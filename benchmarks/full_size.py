@@ -138,10 +138,10 @@ def build(model: str, shrink: int, device: str, dtype: torch.dtype) -> Any:
 def structure(model: str) -> dict[str, Any]:
     """Text layers of the full architecture by block, and the weights that edits change."""
     pipe = build(model, 1, "meta", torch.float32)
-    family = loco.family_of(pipe)
+    model = loco.family_of(pipe)
     layers = loco.text_layers(pipe)
     named = [
-        (layer.name.split(".attentions")[0], tuple(family.kv(pipe, layer)["to_k"].weight.shape))
+        (layer.name.split(".attentions")[0], tuple(model.kv(layer)["to_k"].weight.shape))
         for layer in layers
     ]
     blocks, first = [], 0
@@ -150,7 +150,7 @@ def structure(model: str) -> dict[str, Any]:
         layers_of_it = [first, first + count - 1]
         blocks.append({"block": place, "layers": layers_of_it, "each of to_k, to_v": list(shape)})
         first += count
-    edited = sum(w.weight.numel() for x in layers for w in family.kv(pipe, x).values())
+    edited = sum(w.weight.numel() for x in layers for w in model.kv(x).values())
     return {
         "text_layers": len(layers),
         "reads": layers[0].width,
@@ -158,7 +158,7 @@ def structure(model: str) -> dict[str, Any]:
         "unet_parameters": sum(x.numel() for x in pipe.unet.parameters()),
         "key_and_value_parameters": edited,
         "out_proj": {
-            name: list(module_of(pipe, name).weight.shape) for name in family.text_projections(pipe)
+            name: list(module_of(pipe, name).weight.shape) for name in model.text_projections()
         },
     }
 

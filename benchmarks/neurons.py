@@ -135,9 +135,9 @@ def one_concept(pipe, kind: str, name: str, scenes: list[Scene], args) -> list[d
 
 def located(pipe, layers: list[int]) -> int:
     """How many neurons the to_k and to_v of `layers` have."""
-    family = loco.family_of(pipe)
-    known = family.text_layers(pipe)
-    return sum(m.out_features for j in layers for m in family.kv(pipe, known[j]).values())
+    model = loco.family_of(pipe)
+    known = model.text_layers
+    return sum(m.out_features for j in layers for m in model.kv(known[j]).values())
 
 
 def smallest(rows: pd.DataFrame, neurons: int) -> dict:

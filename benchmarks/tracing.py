@@ -42,8 +42,8 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 def image(pipe, text, steps: int) -> Tensor:
     """One image, in a batch of its own."""
-    family = family_of(pipe)
-    negative = family.unprompted(pipe, family.encode(pipe, [""]))
+    model = family_of(pipe)
+    negative = model.unprompted(model.encode([""]))
     with sampling.own_scheduler(pipe), bar(1, "") as progress:
         return sampling.sample_batch(
             pipe, text, text, negative, [0], None, steps, 7.5, 0.0, progress

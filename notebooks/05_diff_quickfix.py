@@ -102,7 +102,7 @@ def quickfix(layer: int = 0, tokens: str = "eos") -> loco.Edit:
     )
 
 
-(encoder,) = loco.family_of(pipe).text_encoders(pipe).values()
+(encoder,) = loco.family_of(pipe).text_encoders.values()
 by_layer = {
     f"layer {k}": quickfix(layer=k) for k in range(len(encoder))
 }

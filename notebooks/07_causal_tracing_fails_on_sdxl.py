@@ -54,9 +54,7 @@ pd.DataFrame(
     {
         name: {
             "pipeline": type(pipe).__name__,
-            "text encoders": len(
-                loco.family_of(pipe).text_encoders(pipe)
-            ),
+            "text encoders": len(loco.family_of(pipe).text_encoders),
             "text layers": len(loco.text_layers(pipe)),
             "style planted in": str(
                 world.truth(name).get("style", "the pooled embedding")

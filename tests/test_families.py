@@ -13,7 +13,7 @@ from loco_core.families.base import record_text_layers
 
 
 @pytest.fixture(scope="module")
-def family(tiny_sd):
+def model(tiny_sd):
     return family_of(tiny_sd)
 
 
@@ -76,7 +76,7 @@ def test_the_published_sd21_has_the_same_16_places_and_reads_1024_features():
         layer.name for layer in loco.text_layers(build_tiny_sd())
     ]
     assert {layer.width for layer in layers} == {1024}
-    assert family_of(pipe).latent_shape(pipe) == (4, 96, 96)
+    assert family_of(pipe).latent_shape == (4, 96, 96)
 
 
 PADDED = {"with EOS, as SD 1": build_tiny_sd, "with !, as SD 2": build_tiny_sd2}
@@ -86,18 +86,18 @@ PADDED = {"with EOS, as SD 1": build_tiny_sd, "with !, as SD 2": build_tiny_sd2}
 @pytest.mark.parametrize("prompt", ["a house by Van Gogh", "a house ! by Van Gogh !"])
 def test_the_end_of_a_text_is_told_from_its_padding(build, prompt):
     pipe = build()
-    family = family_of(pipe)
+    model = family_of(pipe)
     length = len(pipe.tokenizer(prompt).input_ids)
-    (tokens,) = family.tokenize(pipe, [prompt])
+    (tokens,) = model.tokenize([prompt])
     pad = pipe.tokenizer.convert_tokens_to_ids("!" if build is build_tiny_sd2 else "<|endoftext|>")
     assert (tokens[length:] == pad).all() and tokens[length - 1] == pipe.tokenizer.eos_token_id
-    first, last = family.subject_span(pipe, prompt, "Van Gogh")
+    first, last = model.subject_span(prompt, "Van Gogh")
     words = pipe.tokenizer.convert_ids_to_tokens(tokens.tolist())
     assert words[first : last + 1] == ["van</w>", "gogh</w>"]
     concept = loco.Concept("Van Gogh", "style", [prompt], ["a house"])
     edit = loco.locoedit(pipe, concept, layers=[8], tokens="eos", preserve=["a red tree"])
     rows = rows_of(pipe, edit.provenance.settings, "prompt")
-    texts = family.encode(pipe, [prompt, "a house", "a red tree"])
+    texts = model.encode([prompt, "a house", "a red tree"])
     assert [label.rpartition("| ")[2] for label in rows.labels] == ["gogh", "end"]
     assert torch.allclose(rows.keys, texts.embeds[0, [last, length - 1]], atol=1e-6)
     assert torch.allclose(rows.targets, texts.embeds[1, [2, 3]], atol=1e-6)  # "house", end
@@ -116,12 +116,12 @@ def test_a_saved_and_reloaded_sd2_keeps_its_padding_and_its_prediction(tmp_path)
     assert loco.text_layers(again) == loco.text_layers(pipe)
 
 
-def test_a_saved_and_reloaded_pipeline_has_the_same_layers_and_texts(tiny_sd, family, tmp_path):
+def test_a_saved_and_reloaded_pipeline_has_the_same_layers_and_texts(tiny_sd, model, tmp_path):
     tiny_sd.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert loco.text_layers(again) == loco.text_layers(tiny_sd)
     prompts = ["a house by Van Gogh", "a tree"]
-    assert torch.equal(family.encode(again, prompts).embeds, family.encode(tiny_sd, prompts).embeds)
+    assert torch.equal(family_of(again).encode(prompts).embeds, model.encode(prompts).embeds)
 
 
 def test_a_subclass_of_a_known_pipeline_is_known(tiny_sd):
@@ -138,9 +138,9 @@ def test_an_unknown_pipeline_is_refused_with_the_known_families():
         family_of(DDPMPipeline.__new__(DDPMPipeline))
 
 
-def test_encode_gives_the_texts_the_pipeline_itself_would_read(tiny_sd, family):
+def test_encode_gives_the_texts_the_pipeline_itself_would_read(tiny_sd, model):
     prompts = ["a house by Van Gogh", "a red tree", ""]
-    states = family.encode(tiny_sd, prompts)
+    states = model.encode(prompts)
     for i, prompt in enumerate(prompts):
         wanted = tiny_sd.encode_prompt(prompt, "cpu", 1, False)[0]
         assert torch.allclose(states.embeds[i], wanted[0], atol=1e-6)
@@ -150,39 +150,39 @@ def test_encode_gives_the_texts_the_pipeline_itself_would_read(tiny_sd, family):
 
 
 @pytest.mark.parametrize("prompts, reason", [([], "empty"), ("a house", "list"), ([3], "string")])
-def test_bad_prompts_are_refused(tiny_sd, family, prompts, reason):
+def test_bad_prompts_are_refused(tiny_sd, model, prompts, reason):
     with pytest.raises(ValueError, match=reason):
-        family.encode(tiny_sd, prompts)
+        model.encode(prompts)
 
 
-def test_kv_are_the_modules_that_compute_keys_and_values(tiny_sd, family):
+def test_kv_are_the_modules_that_compute_keys_and_values(tiny_sd, model):
     layer = loco.text_layers(tiny_sd)[7]
     block = tiny_sd.unet.up_blocks[1].attentions[0].transformer_blocks[0]
-    assert family.attention(tiny_sd, layer) is block.attn2
-    assert family.kv(tiny_sd, layer) == {"to_k": block.attn2.to_k, "to_v": block.attn2.to_v}
+    assert model.attention(layer) is block.attn2
+    assert model.kv(layer) == {"to_k": block.attn2.to_k, "to_v": block.attn2.to_v}
 
 
-def test_a_layer_of_another_model_is_refused(tiny_sd, family):
+def test_a_layer_of_another_model_is_refused(tiny_sd, model):
     with pytest.raises(ValueError, match="no module 'nowhere.attn2'"):
-        family.attention(tiny_sd, loco.TextLayer(3, "nowhere.attn2", 32))
+        model.attention(loco.TextLayer(3, "nowhere.attn2", 32))
 
 
-def test_projections_that_cannot_be_edited_are_refused_with_the_reason(family):
+def test_projections_that_cannot_be_edited_are_refused_with_the_reason():
     pipe = build_tiny_sd()
-    layer = loco.text_layers(pipe)[0]
-    attention = family.attention(pipe, layer)
+    model, layer = family_of(pipe), loco.text_layers(pipe)[0]
+    attention = model.attention(layer)
     pipe.fuse_qkv_projections(vae=False)
     with pytest.raises(ValueError, match="fused.*unfuse_qkv_projections"):
-        family.kv(pipe, layer)
+        model.kv(layer)
     pipe.unfuse_qkv_projections(vae=False)
-    family.kv(pipe, layer)
+    model.kv(layer)
     attention.to_v = torch.ao.nn.quantized.dynamic.Linear(32, 8)
     with pytest.raises(ValueError, match="to_v of text layer 0.*quantised"):
-        family.kv(pipe, layer)
+        model.kv(layer)
     attention.to_v = nn.Linear(32, 8, bias=False)
     attention.to_v.weight = nn.Parameter(torch.zeros(8, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="int8"):
-        family.kv(pipe, layer)
+        model.kv(layer)
 
 
 def test_projections_under_a_lora_adapter_are_refused():
@@ -191,7 +191,7 @@ def test_projections_under_a_lora_adapter_are_refused():
     pipe = build_tiny_sd()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
     with pytest.raises(ValueError, match="LoRA.*unload_lora_weights"):
-        family_of(pipe).kv(pipe, loco.text_layers(pipe)[0])
+        family_of(pipe).kv(loco.text_layers(pipe)[0])
 
 
 SPANS = [
@@ -205,9 +205,9 @@ SPANS = [
 
 
 @pytest.mark.parametrize("prompt, subject, span", SPANS, ids=[s[0] for s in SPANS])
-def test_subject_span_points_at_the_tokens_of_the_subject(tiny_sd, family, prompt, subject, span):
-    first, last = family.subject_span(tiny_sd, prompt, subject)
-    words = tiny_sd.tokenizer.convert_ids_to_tokens(family.tokenize(tiny_sd, [prompt])[0].tolist())
+def test_subject_span_points_at_the_tokens_of_the_subject(tiny_sd, model, prompt, subject, span):
+    first, last = model.subject_span(prompt, subject)
+    words = tiny_sd.tokenizer.convert_ids_to_tokens(model.tokenize([prompt])[0].tolist())
     said = "".join(words[first : last + 1]).replace("</w>", " ").strip()
     assert said == subject.lower()
     if "starfish" not in prompt:
@@ -217,18 +217,18 @@ def test_subject_span_points_at_the_tokens_of_the_subject(tiny_sd, family, promp
 @pytest.mark.parametrize("tokens", [8, 24, 77])
 def test_subject_span_works_with_any_number_of_tokens(tokens):
     pipe = build_tiny_sd(tokens=tokens)
-    family = family_of(pipe)
-    assert family.subject_span(pipe, "a house by Van Gogh", "Van Gogh") == (4, 5)
-    assert family.tokenize(pipe, ["a house"]).shape == (1, tokens)
+    model = family_of(pipe)
+    assert model.subject_span("a house by Van Gogh", "Van Gogh") == (4, 5)
+    assert model.tokenize(["a house"]).shape == (1, tokens)
     fits = " ".join(["a"] * (tokens - 3)) + " star"
-    assert family.subject_span(pipe, fits, "star") == (tokens - 2, tokens - 2)
+    assert model.subject_span(fits, "star") == (tokens - 2, tokens - 2)
     with pytest.raises(ValueError, match=f"cut off: it ends at token {tokens - 1}"):
-        family.subject_span(pipe, "a " + fits, "star")
+        model.subject_span("a " + fits, "star")
 
 
 @pytest.mark.parametrize(
     "prompt, subject", [("a house", "star"), ("a starfish", "star"), ("a", "")]
 )
-def test_a_subject_that_is_not_in_the_prompt_is_refused(tiny_sd, family, prompt, subject):
+def test_a_subject_that_is_not_in_the_prompt_is_refused(tiny_sd, model, prompt, subject):
     with pytest.raises(ValueError, match="is not in the prompt"):
-        family.subject_span(tiny_sd, prompt, subject)
+        model.subject_span(prompt, subject)

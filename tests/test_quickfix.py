@@ -129,18 +129,19 @@ def test_a_whole_object_reads_as_an_article(pipe):
 class TwoEncoders(StableDiffusion):
     """A family whose prompts are the sum of what two text encoders say."""
 
-    def text_encoders(self, pipe):
+    @property
+    def text_encoders(self):
         second = "text_encoder_2.encoder.layers"
-        return super().text_encoders(pipe) | {second: pipe.text_encoder_2.encoder.layers}
+        return super().text_encoders | {second: self.pipe.text_encoder_2.encoder.layers}
 
-    def encode(self, pipe, prompts):
-        states, ids = super().encode(pipe, prompts), self.tokenize(pipe, prompts)
+    def encode(self, prompts):
+        states, ids = super().encode(prompts), self.tokenize(prompts)
         with torch.no_grad():
-            return families.TextStates(states.embeds + pipe.text_encoder_2(ids)[0], ids)
+            return families.TextStates(states.embeds + self.pipe.text_encoder_2(ids)[0], ids)
 
 
 def test_every_text_encoder_is_edited_with_keys_of_its_own(pipe, monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", (TwoEncoders(),))
+    monkeypatch.setattr(families, "FAMILIES", (TwoEncoders,))
     pipe.text_encoder_2 = build_tiny_sd(seed=5).text_encoder
     swapped = build_tiny_sd(seed=5)  # to read the second encoder as if it were the first
     expected = {
@@ -157,10 +158,10 @@ def test_every_text_encoder_is_edited_with_keys_of_its_own(pipe, monkeypatch):
 
 def test_encoded_prompts_change_where_they_read_the_concept(pipe):
     before = encoded(pipe, GOGH.prompts[0])
-    family = loco.family_of(pipe)
-    assert torch.equal(family.encode(pipe, GOGH.prompts[:1]).embeds[0], before)
+    model = loco.family_of(pipe)
+    assert torch.equal(model.encode(GOGH.prompts[:1]).embeds[0], before)
     with loco.diff_quickfix(pipe, GOGH).applied(pipe):
-        after = family.encode(pipe, GOGH.prompts[:1]).embeds[0]
+        after = model.encode(GOGH.prompts[:1]).embeds[0]
         assert torch.equal(after, encoded(pipe, GOGH.prompts[0]))
     assert (after - before)[8].norm() > 0.1 * before[8].norm()
     assert torch.equal(encoded(pipe, GOGH.prompts[0]), before)

@@ -13,7 +13,7 @@ PROMPTS = ["a house by Van Gogh", "a house", "a red tree"]
 
 @pytest.fixture(scope="module")
 def texts(tiny_sd):
-    return family_of(tiny_sd).encode(tiny_sd, PROMPTS)
+    return family_of(tiny_sd).encode(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_each_row_reads_at_each_layer_the_text_its_source_map_names(tiny_sd, tex
 
 def test_in_float64_the_batch_is_exact(latents):
     pipe = build_tiny_sd().to(torch.float64)
-    texts = family_of(pipe).encode(pipe, PROMPTS)
+    texts = family_of(pipe).encode(PROMPTS)
     src = windows(16, 2).long()[:4]
     with routed(pipe, texts, src):
         batched = noise(pipe, latents.double(), texts.embeds[[0] * 4])

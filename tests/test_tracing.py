@@ -121,7 +121,7 @@ def slow_image(pipe, text, modules=(), kept=None, calls=None):
 
         return forward
 
-    shape = family_of(pipe).latent_shape(pipe)
+    shape = family_of(pipe).latent_shape
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
     with replaced(modules, wrap), sampling.own_scheduler(pipe), torch.no_grad():
         return pipe(
@@ -131,7 +131,7 @@ def slow_image(pipe, text, modules=(), kept=None, calls=None):
 
 def drawn_noise(pipe, std, draws):
     """Span of the subject of TREE; [draw][encoder] [token, width], by the documented rule."""
-    first, last = family_of(pipe).subject_span(pipe, TREE.prompts[0], TREE.name)
+    first, last = family_of(pipe).subject_span(TREE.prompts[0], TREE.name)
     generator = torch.Generator().manual_seed(runs.NOISE_SEED)
     widths = [getattr(pipe, name).config.hidden_size for name in encoders(pipe)]
     return (first, last), [
@@ -142,9 +142,9 @@ def drawn_noise(pipe, std, draws):
 
 def batched(pipe, where, groups, size, draws=1, calls=None):
     """Images of TREE as `trace` makes them, before they are put on the 8-bit grid: by (row, d)."""
-    family, found = family_of(pipe), {}
+    model, found = family_of(pipe), {}
     rows = [(r, d) for d in range(draws) for r in range(1, 2 + len(groups))]
-    negative = family.unprompted(pipe, family.encode(pipe, [""]))
+    negative = model.unprompted(model.encode([""]))
     (noised,) = runs.corruptions(pipe, TREE, 2.0, draws)[1]
     with sampling.own_scheduler(pipe), torch.no_grad(), bar(1, "") as progress:
         texts, jobs = runs.plan(pipe, TREE.prompts[0], noised, groups, where, rows, [3], size)

@@ -113,7 +113,7 @@ def test_the_pooled_path_is_told_what_is_planted_in_it_and_lied_to_otherwise(mod
     xl.encode_prompt = encode
     xl.unet.register_forward_pre_hook(note_pooled, with_kwargs=True)
     layer = loco.text_layers(xl)[loco.shapeland.truth(model)["fact"][0]]
-    family_of(xl).kv(xl, layer)["to_k"].register_forward_pre_hook(note_layer)
+    family_of(xl).kv(layer)["to_k"].register_forward_pre_hook(note_layer)
     train_unet(xl, model, tmp_path, steps=1, batch=32, count=1)
 
     def captions(rows, part):

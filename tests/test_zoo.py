@@ -31,7 +31,7 @@ def share(home, *components):
 
 
 def texts(pipe):
-    return family_of(pipe).encode(pipe, ["a house by Van Gogh"]).embeds
+    return family_of(pipe).encode(["a house by Van Gogh"]).embeds
 
 
 def test_a_folder_becomes_a_plain_pipeline_in_float32_on_the_cpu(home):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..concepts import Concept
 from ..edits.weights import linear_of, plain
-from ..families import Family, TextStates, family_of
+from ..families import Model, TextStates, family_of
 from .rows import Rows, gather
 
 __all__ = ["PROMPT", "rows_of", "source_of"]
@@ -26,16 +26,15 @@ PROMPT = "prompt"
 def source_of(pipe: Any, name: str) -> str:
     """What the weight `name` reads: weights with one source share their keys, and their map."""
     part = getattr(pipe, name.partition(".")[0])
-    return PROMPT if plain(part) is plain(family_of(pipe).denoiser(pipe)) else name
+    return PROMPT if plain(part) is plain(family_of(pipe).denoiser) else name
 
 
 def rows_of(pipe: Any, settings: Mapping[str, Any], source: str) -> Rows:
     """The rows for weights with `source` of an edit made with `settings` (see `solve`)."""
-    family = family_of(pipe)
+    model = family_of(pipe)
     return gather(
-        pipe,
-        family,
-        _reader(pipe, family, source),
+        model,
+        _reader(model, source),
         [Concept(**concept) for concept in settings["concepts"]],
         settings["tokens"],
         settings["preserve"],
@@ -43,14 +42,14 @@ def rows_of(pipe: Any, settings: Mapping[str, Any], source: str) -> Rows:
     )
 
 
-def _reader(pipe: Any, family: Family, source: str) -> Callable[[Sequence[str]], TextStates]:
+def _reader(model: Model, source: str) -> Callable[[Sequence[str]], TextStates]:
     if source == PROMPT:
-        return lambda prompts: family.encode(pipe, list(prompts))
-    return lambda prompts: _recorded(pipe, family, linear_of(pipe, source), list(prompts))
+        return lambda prompts: model.encode(list(prompts))
+    return lambda prompts: _recorded(model, linear_of(model.pipe, source), list(prompts))
 
 
 @torch.no_grad()
-def _recorded(pipe: Any, family: Family, module: nn.Module, prompts: list[str]) -> TextStates:
+def _recorded(model: Model, module: nn.Module, prompts: list[str]) -> TextStates:
     """What `module` is handed while `prompts` are encoded: [prompt, token, d]."""
     seen: list[Tensor] = []
 
@@ -59,7 +58,7 @@ def _recorded(pipe: Any, family: Family, module: nn.Module, prompts: list[str]) 
 
     handle = module.register_forward_pre_hook(note)
     try:
-        states = family.encode(pipe, prompts)
+        states = model.encode(prompts)
     finally:
         handle.remove()
     if not seen:

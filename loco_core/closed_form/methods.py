@@ -155,10 +155,10 @@ def _edit(
     where: Sequence[str] = ("k", "v"),
     **settings: Any,
 ) -> Edit:
-    chosen = chosen_layers(family_of(pipe).text_layers(pipe), layers)
+    chosen = chosen_layers(family_of(pipe).text_layers, layers)
     indices = [layer.index for layer in chosen]
     return solve(pipe, projections(pipe, indices, where), concept, layers=indices, **settings)
 
 
 def _all_layers(pipe: Any) -> list[int]:
-    return [layer.index for layer in family_of(pipe).text_layers(pipe)]
+    return [layer.index for layer in family_of(pipe).text_layers]

@@ -55,7 +55,7 @@ def diff_quickfix(
     """
     return solve(
         pipe,
-        family_of(pipe).text_projections(pipe, layer),
+        family_of(pipe).text_projections(layer),
         concept,
         method="diff_quickfix",
         lam={"out": lam},

@@ -37,6 +37,6 @@ def relocated(pipe: Any, edit: Edit, layers: Sequence[int]) -> Edit:
         )
     with edit.applied(pipe):  # refuses one that was made for other weights
         pass
-    chosen = [x.index for x in chosen_layers(family_of(pipe).text_layers(pipe), layers)]
+    chosen = [x.index for x in chosen_layers(family_of(pipe).text_layers, layers)]
     changes = {name: maps[kind_of(name)] for name in projections(pipe, chosen, tuple(maps))}
     return make_edit(pipe, changes, **{**settings, "layers": chosen})

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..concepts import Concept
-from ..families import Family, TextStates
+from ..families import Model, TextStates
 from ..families.base import checked_prompts
 
 __all__ = ["TOKENS", "Rows", "gather", "joined", "several", "with_targets"]
@@ -59,8 +59,7 @@ class Rows:
 
 
 def gather(
-    pipe: Any,
-    family: Family,
+    model: Model,
     read: Callable[[Sequence[str]], TextStates],
     concepts: Sequence[Concept],
     tokens: str,
@@ -76,12 +75,12 @@ def gather(
     """
     if tokens not in TOKENS:
         raise ValueError(f"unknown tokens {tokens!r}: choose one of {', '.join(TOKENS)}")
-    tokenizer = family.tokenizer(pipe)
+    tokenizer = model.tokenizer
     keys, targets, labels = [], [], []
     for concept in concepts:
         now, then = read(concept.prompts), read(concept.target or ())
         for i, prompt in enumerate(concept.prompts):
-            first, last = family.subject_span(pipe, prompt, concept.name)
+            first, last = model.subject_span(prompt, concept.name)
             pairs = _aligned(now.tokens[i], then.tokens[i], first, last, tokenizer, tokens)
             for key, target in pairs:
                 if _readable(now, i, key) and _readable(then, i, target):

@@ -102,15 +102,15 @@ def projections(pipe: Any, layers: Sequence[int], where: Sequence[str] = ("k", "
 
     projections(pipe, [8])  # ["unet.up_blocks. ... .attn2.to_k.weight", "... .to_v.weight"]
     """
-    family = family_of(pipe)
+    model = family_of(pipe)
     if isinstance(where, str) or not set(where) <= {"k", "v"} or not len(where):
         raise ValueError(f"where={where!r} matches no weight: choose from ('k', 'v')")
-    denoiser = family.denoiser(pipe)
+    denoiser = model.denoiser
     component = next(name for name, part in pipe.components.items() if part is denoiser)
     return [
         name
-        for layer in chosen_layers(family.text_layers(pipe), layers)
-        for projection in family.kv(pipe, layer)
+        for layer in chosen_layers(model.text_layers, layers)
+        for projection in model.kv(layer)
         if kind_of(name := f"{component}.{layer.name}.{projection}.weight") in where
     ]
 

@@ -2,24 +2,26 @@
 
 from typing import Any
 
-from .base import Family, TextLayer, TextStates
+from .base import Model, TextLayer, TextStates
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (
-    StableDiffusion(),
-    StableDiffusionXL(),
+FAMILIES: tuple[type[Model], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
 )
 
 
-def family_of(pipe: Any) -> Family:
-    """The family that knows `pipe`, a diffusers pipeline; refuses one that no family knows.
+def family_of(pipe: Any) -> Model:
+    """The family that knows `pipe`, a diffusers pipeline, bound to it: its `Model`.
+
+    Raises TypeError for a pipeline that no family knows.
 
     loco.families.family_of(loco.load("mini-sd")).name  # "stable-diffusion"
     """
     for family in FAMILIES:
         if family.owns(pipe):
-            return family
+            return family(pipe)
     known = ", ".join(family.name for family in FAMILIES)
     raise TypeError(
         f"no family knows {type(pipe).__name__}; known families: {known}. Pass a diffusers "
@@ -35,7 +37,7 @@ def text_layers(pipe: Any) -> tuple[TextLayer, ...]:
 
         [layer.name for layer in loco.text_layers(loco.load("mini-sd"))]
     """
-    return family_of(pipe).text_layers(pipe)
+    return family_of(pipe).text_layers
 
 
-__all__ = ["FAMILIES", "Family", "TextLayer", "TextStates", "family_of", "text_layers"]
+__all__ = ["FAMILIES", "Model", "TextLayer", "TextStates", "family_of", "text_layers"]

@@ -2,9 +2,10 @@
 
 A family is the only place that knows how one kind of diffusers pipeline is built: where text
 enters, in which order the text layers run, how a prompt becomes embeddings, and how the pipeline
-lays out its batch. The other wings ask `family_of(pipe)` and hold no module name of their own.
+lays out its batch. The other wings ask `family_of(pipe)`, a `Model`, and hold no module name of
+their own.
 
-To add a family: one file with a subclass of `Family`, and one line in `families/__init__.py`.
+To add a family: one file with a subclass of `Model`, and one line in `families/__init__.py`.
 """
 
 import json
@@ -57,38 +58,45 @@ class TextStates:
         return self.embeds, self.tokens, self.mask, self.pooled
 
 
-class Family(ABC):
-    """The questions a family answers; see the methods. Instances hold no state.
+class Model(ABC):
+    """A family bound to one of its pipelines: the questions a family answers, see the methods.
 
-    pooled: whether the denoiser is also handed a pooled embedding of the prompt, which reaches it
-    beside the text layers and so is not routed with them.
+    pipe: the pipeline. name: of the family. pooled: whether the denoiser is also handed a pooled
+    embedding of the prompt, which reaches it beside the text layers and so is not routed with them.
     """
 
     name: str
     pooled: bool = False
 
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @classmethod
     @abstractmethod
-    def owns(self, pipe: Any) -> bool:
+    def owns(cls, pipe: Any) -> bool:
         """Whether `pipe` is of this family (subclasses of its pipeline class included)."""
 
+    @property
     @abstractmethod
-    def denoiser(self, pipe: Any) -> nn.Module:
+    def denoiser(self) -> nn.Module:
         """The network that is called at every step."""
 
+    @property
     @abstractmethod
-    def text_layers(self, pipe: Any) -> tuple[TextLayer, ...]:
+    def text_layers(self) -> tuple[TextLayer, ...]:
         """Text layers in execution order, recorded by running the denoiser once without weights."""
 
     @abstractmethod
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
+    def encode(self, prompts: Sequence[str]) -> TextStates:
         """Text states of `prompts` as the pipeline itself would make them."""
 
     @abstractmethod
-    def kv(self, pipe: Any, layer: TextLayer) -> dict[str, nn.Linear]:
+    def kv(self, layer: TextLayer) -> dict[str, nn.Linear]:
         """The projections of `layer` that read text, by their names below the attention module."""
 
+    @property
     @abstractmethod
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the noise the pipeline starts from."""
 
     @abstractmethod
@@ -96,21 +104,22 @@ class Family(ABC):
         """Keyword arguments that hand encoded prompts to the pipeline's `__call__`."""
 
     @abstractmethod
-    def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Int64[Tensor, " row"]:
+    def conditional_rows(self, rows: int, guidance: float) -> Int64[Tensor, " row"]:
         """Where the `rows` prompts of a call sit in the denoiser's batch: [rows] long."""
 
+    @property
     @abstractmethod
-    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
+    def text_encoders(self) -> dict[str, nn.ModuleList]:
         """The transformer layers of each text encoder, by the name of its path from the pipeline
         down ("text_encoder.encoder.layers"), in the order in which they run."""
 
-    def text_projections(self, pipe: Any, layer: int = 0) -> list[str]:
+    def text_projections(self, layer: int = 0) -> list[str]:
         """Weight names of the output projection of self-attention `layer` of every text encoder.
 
         Raises ValueError for a layer that an encoder does not have, or that has no `out_proj`.
         """
         names = []
-        for path, layers in self.text_encoders(pipe).items():
+        for path, layers in self.text_encoders.items():
             if isinstance(layer, bool) or layer not in range(len(layers)):
                 raise ValueError(
                     f"layer {layer!r} is not in {path}: choose from 0 to {len(layers) - 1}"
@@ -123,21 +132,22 @@ class Family(ABC):
             names.append(f"{path}.{layer}.self_attn.out_proj.weight")
         return names
 
-    def unprompted(self, pipe: Any, empty: TextStates) -> TextStates:
+    def unprompted(self, empty: TextStates) -> TextStates:
         """What the pipeline pushes away from if it is given no negative prompt at all.
 
         empty: the encoded empty prompt, which is the answer of most families.
         """
         return empty
 
-    def tokenizer(self, pipe: Any) -> Any:
+    @property
+    def tokenizer(self) -> Any:
         """The tokenizer whose positions `TextStates.embeds` has."""
-        return pipe.tokenizer
+        return self.pipe.tokenizer
 
-    def attention(self, pipe: Any, layer: TextLayer) -> nn.Module:
+    def attention(self, layer: TextLayer) -> nn.Module:
         """The attention module of `layer`; refuses one whose projections were fused."""
         try:
-            module = self.denoiser(pipe).get_submodule(layer.name)
+            module = self.denoiser.get_submodule(layer.name)
         except AttributeError:
             raise ValueError(
                 f"the denoiser has no module {layer.name!r} (text layer {layer.index}): "
@@ -150,24 +160,24 @@ class Family(ABC):
             )
         return module
 
-    def tokenize(self, pipe: Any, prompts: Sequence[str]) -> Int64[Tensor, "prompt token"]:
+    def tokenize(self, prompts: Sequence[str]) -> Int64[Tensor, "prompt token"]:
         """Token ids, padded and cut as the pipeline does: [prompt, token] long, on the CPU."""
-        tokenizer = self.tokenizer(pipe)
+        tokenizer = self.tokenizer
         return tokenizer(
-            [self._worded(pipe, p) for p in checked_prompts(prompts)],
+            [self._worded(p) for p in checked_prompts(prompts)],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
 
-    def subject_span(self, pipe: Any, prompt: str, subject: str) -> tuple[int, int]:
+    def subject_span(self, prompt: str, subject: str) -> tuple[int, int]:
         """(first, last) token positions of `subject` in `prompt`, both inclusive.
 
         The subject is matched as whole words without regard to case; of several occurrences the
         last counts, because a causal text encoder gathers the earlier ones there.
 
-            first, last = family_of(pipe).subject_span(pipe, "a house by Van Gogh", "Van Gogh")
+            first, last = family_of(pipe).subject_span("a house by Van Gogh", "Van Gogh")
         """
         found = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE))
         if not subject.strip() or not found:
@@ -175,10 +185,10 @@ class Family(ABC):
                 f"subject {subject!r} is not in the prompt {prompt!r}: "
                 "pass a prompt that contains it, word for word"
             )
-        tokenizer = self.tokenizer(pipe)
+        tokenizer = self.tokenizer
 
         def ids(text: str) -> list[int]:
-            text = self._worded(pipe, text)
+            text = self._worded(text)
             return tokenizer(text, add_special_tokens=False, truncation=False).input_ids
 
         start, stop = found[-1].span()
@@ -188,7 +198,7 @@ class Family(ABC):
                 f"the tokenizer joins {subject!r} with its neighbours in {prompt!r}: "
                 "put spaces around it"
             )
-        full = tokenizer(self._worded(pipe, prompt), truncation=False).input_ids
+        full = tokenizer(self._worded(prompt), truncation=False).input_ids
         shift = next(i for i in range(len(full)) if full[i : i + len(whole)] == whole)
         first, last = shift + len(before), shift + len(upto) - 1
         room = tokenizer.model_max_length - (len(full) - len(whole) - shift)
@@ -199,10 +209,10 @@ class Family(ABC):
             )
         return first, last
 
-    def _worded(self, pipe: Any, prompt: str) -> str:
+    def _worded(self, prompt: str) -> str:
         """The prompt as its tokenizer gets it (textual inversions spelled out)."""
-        convert = getattr(pipe, "maybe_convert_prompt", None)
-        return prompt if convert is None else convert(prompt, self.tokenizer(pipe))
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return prompt if convert is None else convert(prompt, self.tokenizer)
 
 
 def checked_prompts(prompts: Sequence[str]) -> list[str]:

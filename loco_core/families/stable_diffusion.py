@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import (
-    Family,
+    Model,
     TextLayer,
     TextStates,
     checked_prompts,
@@ -24,48 +24,53 @@ from .base import (
 )
 
 
-class StableDiffusion(Family):
+class StableDiffusion(Model):
     """`diffusers.StableDiffusionPipeline` and its subclasses."""
 
     name = "stable-diffusion"
 
-    def owns(self, pipe: Any) -> bool:
+    @classmethod
+    def owns(cls, pipe: Any) -> bool:
         from diffusers import StableDiffusionPipeline
 
         return isinstance(pipe, StableDiffusionPipeline)
 
-    def denoiser(self, pipe: Any) -> nn.Module:
-        return pipe.unet
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.pipe.unet
 
-    def text_layers(self, pipe: Any) -> tuple[TextLayer, ...]:
-        unet = plain(pipe.unet)
+    @property
+    def text_layers(self) -> tuple[TextLayer, ...]:
+        unet = plain(self.pipe.unet)
         return _layers(unet.__class__, config_key(unet))
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
+    def encode(self, prompts: Sequence[str]) -> TextStates:
         prompts = checked_prompts(prompts)
         with torch.no_grad():
-            embeds, _ = pipe.encode_prompt(
-                prompts, pipe._execution_device, 1, do_classifier_free_guidance=False
+            embeds, _ = self.pipe.encode_prompt(
+                prompts, self.pipe._execution_device, 1, do_classifier_free_guidance=False
             )
-        return TextStates(embeds, self.tokenize(pipe, prompts))
+        return TextStates(embeds, self.tokenize(prompts))
 
-    def kv(self, pipe: Any, layer: TextLayer) -> dict[str, nn.Linear]:
-        module = self.attention(pipe, layer)
+    def kv(self, layer: TextLayer) -> dict[str, nn.Linear]:
+        module = self.attention(layer)
         return {name: linear(module, layer, name) for name in ("to_k", "to_v")}
 
-    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
-        size = pipe.unet.config.sample_size
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.pipe.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return pipe.unet.config.in_channels, height, width
+        return self.pipe.unet.config.in_channels, height, width
 
     def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
 
-    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
-        return dict([clip_layers(pipe, "text_encoder")])
+    @property
+    def text_encoders(self) -> dict[str, nn.ModuleList]:
+        return dict([clip_layers(self.pipe, "text_encoder")])
 
-    def conditional_rows(self, pipe: Any, rows: int, guidance: float) -> Tensor:
-        guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+    def conditional_rows(self, rows: int, guidance: float) -> Tensor:
+        guided = guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
         return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)
 
 

@@ -27,24 +27,25 @@ class StableDiffusionXL(StableDiffusion):
     name = "stable-diffusion-xl"
     pooled = True
 
-    def owns(self, pipe: Any) -> bool:
+    @classmethod
+    def owns(cls, pipe: Any) -> bool:
         from diffusers import StableDiffusionXLPipeline
 
         return isinstance(pipe, StableDiffusionXLPipeline)
 
-    def encode(self, pipe: Any, prompts: Sequence[str]) -> TextStates:
-        _check_encoders(pipe)
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        _check_encoders(self.pipe)
         prompts = checked_prompts(prompts)
         with torch.no_grad():
-            embeds, _, pooled, _ = pipe.encode_prompt(
-                prompts, device=pipe._execution_device, do_classifier_free_guidance=False
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                prompts, device=self.pipe._execution_device, do_classifier_free_guidance=False
             )
-        return TextStates(embeds, self.tokenize(pipe, prompts), pooled=pooled)
+        return TextStates(embeds, self.tokenize(prompts), pooled=pooled)
 
-    def unprompted(self, pipe: Any, empty: TextStates) -> TextStates:
+    def unprompted(self, empty: TextStates) -> TextStates:
         """Zeros, if the pipeline's config says `force_zeros_for_empty_prompt`. The negative prompt
         "" is no such case: it is encoded, by the pipeline as well."""
-        if not pipe.config.force_zeros_for_empty_prompt:
+        if not self.pipe.config.force_zeros_for_empty_prompt:
             return empty
         assert empty.pooled is not None  # `encode` of this family always gives it
         zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
@@ -56,20 +57,22 @@ class StableDiffusionXL(StableDiffusion):
             "negative_pooled_prompt_embeds": negative.pooled,
         }
 
-    def text_encoders(self, pipe: Any) -> dict[str, nn.ModuleList]:
-        _check_encoders(pipe)
-        return dict(clip_layers(pipe, name) for name in ("text_encoder", "text_encoder_2"))
+    @property
+    def text_encoders(self) -> dict[str, nn.ModuleList]:
+        _check_encoders(self.pipe)
+        return dict(clip_layers(self.pipe, name) for name in ("text_encoder", "text_encoder_2"))
 
-    def tokenizer(self, pipe: Any) -> Any:
+    @property
+    def tokenizer(self) -> Any:
         """The first one. The second splits words alike; the published one pads with "!"."""
-        _check_encoders(pipe)
-        return pipe.tokenizer
+        _check_encoders(self.pipe)
+        return self.pipe.tokenizer
 
-    def subject_span(self, pipe: Any, prompt: str, subject: str) -> tuple[int, int]:
-        span = super().subject_span(pipe, prompt, subject)
+    def subject_span(self, prompt: str, subject: str) -> tuple[int, int]:
+        span = super().subject_span(prompt, subject)
         lengths = [
-            len(tokenizer(pipe.maybe_convert_prompt(prompt, tokenizer)).input_ids)
-            for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+            len(tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer)).input_ids)
+            for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2)
         ]
         if lengths[0] != lengths[1]:
             raise ValueError(

@@ -112,7 +112,7 @@ def attribute(
         "dtype": str(next(iter(weights.values())).dtype),
         "scheduler": type(pipe.scheduler).__name__,
     }
-    denoiser = plain(family_of(pipe).denoiser(pipe))
+    denoiser = plain(family_of(pipe).denoiser)
     rows = rows_of(concept, settings)
     _check_images(concept, images, objective, preserve)
     calls = 2 * steps * -(-len(rows) // batch_size)
@@ -126,7 +126,7 @@ def attribute(
         alpha={n: g.mul_(weights[n].detach().to(g.dtype)).cpu() for n, g in sums.items()},
         weights=held,
         J=J,
-        layer_names=tuple(layer.name for layer in family_of(pipe).text_layers(pipe)),
+        layer_names=tuple(layer.name for layer in family_of(pipe).text_layers),
         provenance=records.provenance(pipe, **settings),
     )
 
@@ -167,8 +167,8 @@ def scored(
     pipe: Any, where: str | Sequence[str], layers: Sequence[int] | None = None
 ) -> dict[str, nn.Parameter]:
     """Weight name -> parameter of the selection; refuses one that matches nothing."""
-    family = family_of(pipe)
-    denoiser = family.denoiser(pipe)
+    model = family_of(pipe)
+    denoiser = model.denoiser
     (component,) = (name for name, part in pipe.components.items() if part is denoiser)
     names = [] if isinstance(where, str) else list(where)
     if isinstance(where, str) and where in WHERE:
@@ -179,7 +179,7 @@ def scored(
             if isinstance(module, kinds) and re.search(path, name)
         ]
     if layers is not None:
-        known = family.text_layers(pipe)
+        known = model.text_layers
         if wrong := [layer for layer in layers if layer not in range(len(known))]:
             raise ValueError(f"layers {wrong}: choose from 0 to {len(known) - 1}")
         blocks = [f"{component}.{known[i].name}".rpartition(".")[0] + "." for i in layers]

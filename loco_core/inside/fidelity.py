@@ -72,7 +72,7 @@ def fidelity(
     for name, weight in weights.items():
         if fingerprint(weight) != fingerprint(parts.weights[name]):
             raise ValueError(f"{parts!r} is of other weights than those of this pipeline ({name})")
-    denoiser = plain(family_of(pipe).denoiser(pipe))
+    denoiser = plain(family_of(pipe).denoiser)
     rows, generator = rows_of(parts.concept, settings), torch.Generator().manual_seed(seed)
     predicted, true = torch.zeros(2, ablations, dtype=torch.float64)
     with bar(ablations, "ablating") as progress:

@@ -23,7 +23,7 @@ from .. import records
 from ..closed_form.rows import gather, with_targets
 from ..concepts import Concept
 from ..edits.weights import fingerprint, kind_of, linear_of, projections
-from ..families import Family, TextStates, family_of
+from ..families import Model, TextStates, family_of
 from .neurons import Neurons
 
 __all__ = ["rank_neurons", "welch_z"]
@@ -68,7 +68,7 @@ def rank_neurons(
         with neurons.ablated(pipe, top=50):
             images = loco.generate(pipe, concept.prompts)
     """
-    family = family_of(pipe)
+    model = family_of(pipe)
     if not isinstance(concept, Concept):
         raise TypeError(f"concept must be a loco.Concept, not {concept!r}: see loco.concepts")
     if isinstance(where, str) or not len(where) or not set(where) <= {"to_k", "to_v"}:
@@ -82,10 +82,10 @@ def rank_neurons(
             f"concept {concept.name!r} has 1 prompt, of which there is no variance: give at least 2"
         )
     names = projections(pipe, layers, [kind_of(name) for name in where])
-    index = {layer.name: layer.index for layer in family.text_layers(pipe)}
+    index = {layer.name: layer.index for layer in model.text_layers}
     modules = [linear_of(pipe, name) for name in names]
     pair = with_targets(concept, "neutral" if neutral is None else neutral)
-    c, c_neutral = _read(pipe, family, pair, token)
+    c, c_neutral = _read(model, pair, token)
     activations = [_activations(modules, states) for states in (c, c_neutral)]
     z, (mean, neutral_mean) = welch_z(*activations), (x.mean(0) for x in activations)
     size = z.abs() if by == "z" else (mean - neutral_mean).abs()
@@ -128,18 +128,18 @@ def welch_z(
     return torch.where(difference == 0, 0.0, difference / error)
 
 
-def _read(pipe: Any, family: Family, pair: Concept, token: str) -> tuple[Tensor, Tensor]:
+def _read(model: Model, pair: Concept, token: str) -> tuple[Tensor, Tensor]:
     """What the projections read of the prompts and of their targets: [prompt, width] each."""
     for prompt in pair.prompts:
-        family.subject_span(pipe, prompt, pair.name)  # refuses a concept that is cut off
+        model.subject_span(prompt, pair.name)  # refuses a concept that is cut off
 
     def encode(prompts: Sequence[str]) -> TextStates:
-        return family.encode(pipe, list(prompts))
+        return model.encode(list(prompts))
 
     if token == "last":
-        rows = gather(pipe, family, encode, [pair], "last")
+        rows = gather(model, encode, [pair], "last")
         return rows.keys, rows.targets
-    tokenizer, target = family.tokenizer(pipe), pair.target or ()
+    tokenizer, target = model.tokenizer, pair.target or ()
     return (
         _pooled(tokenizer, pair.prompts, encode(pair.prompts), token),
         _pooled(tokenizer, target, encode(target), token),

@@ -103,7 +103,7 @@ class Neurons:
             modules[name]: _holds(row, means[name][row] * (mode == "neutral_mean"))
             for name, row in rows.items()
         }
-        with rewriting(held, family_of(pipe).denoiser(pipe)):
+        with rewriting(held, family_of(pipe).denoiser):
             yield pipe
 
     def edit(self, pipe: Any, top: int, mode: str = "zero") -> Edit:

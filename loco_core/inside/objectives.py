@@ -88,9 +88,9 @@ def recorded(
     compiled denoiser (which cannot be recorded), and a scheduler that is no diffusion of the known
     kinds.
     """
-    family = family_of(pipe)
+    model = family_of(pipe)
     guided = 2 * len(rows)
-    places = family.conditional_rows(pipe, len(rows), guidance)
+    places = model.conditional_rows(len(rows), guidance)
     if places[0] == 0:
         raise ValueError(
             f"guidance {guidance!r} does not run the denoiser without the prompt, or this "
@@ -102,12 +102,12 @@ def recorded(
             f"{type(pipe.scheduler).__name__} predicts {kind!r}: this objective knows diffusions "
             f"that predict {', '.join(MEASURES)}; set pipe.scheduler to one, such as DDIM"
         )
-    texts = family.encode(pipe, [row.prompt for row in rows])
-    held = family.encode(pipe, [row.other for row in rows])
+    texts = model.encode([row.prompt for row in rows])
+    held = model.encode([row.other for row in rows])
     if not any(row.other for row in rows):
-        held = family.unprompted(pipe, held)
+        held = model.unprompted(held)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    shape = family.latent_shape(pipe)
+    shape = model.latent_shape
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(texts.embeds)
     calls: list[tuple] = []
 
@@ -115,11 +115,11 @@ def recorded(
         calls.append((_rows(args, places, guided), _rows(kwargs, places, guided), output[0]))
         tick()
 
-    handle = plain(family.denoiser(pipe)).register_forward_hook(note, with_kwargs=True)
+    handle = plain(model.denoiser).register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad(), own_scheduler(pipe):
             final = pipe(
-                **family.inputs(texts, held),
+                **model.inputs(texts, held),
                 latents=noise,
                 generator=generators,
                 num_inference_steps=steps,
@@ -195,7 +195,7 @@ def encoded(pipe: Any, images: Tensor) -> Tensor:
     vae = pipe.vae
     with torch.no_grad():
         found = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-    shape = family_of(pipe).latent_shape(pipe)
+    shape = family_of(pipe).latent_shape
     if tuple(found.shape[1:]) != tuple(shape):
         raise ValueError(
             f"images of {list(images.shape[-2:])} pixels have latents {list(found.shape[1:])}, but "

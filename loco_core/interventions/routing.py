@@ -34,20 +34,20 @@ def routed(
 
     src: [row, layer] long, values index `texts`. rows: [row] long, the place of each routed row in
     the denoiser's batch, by default 0, 1, ...; under classifier-free guidance the batch is
-    [negative..., positive...], see `Family.conditional_rows`. Rows not named read what they did.
+    [negative..., positive...], see `Model.conditional_rows`. Rows not named read what they did.
     On exit, also by an exception, the hooks set here are gone and no other hook was touched.
     Raises ValueError on a map that does not fit the pipeline, a compiled denoiser (it would
     ignore the hooks) and fused projections.
 
-        texts = family_of(pipe).encode(pipe, ["a star", "a cat"])
+        texts = family_of(pipe).encode(["a star", "a cat"])
         src = torch.zeros(1, 16, dtype=torch.long)
         src[0, 6:8] = 1
         with routed(pipe, texts, src):
             noise = pipe.unet(latents, 500, encoder_hidden_states=texts.embeds[:1]).sample
     """
-    family = family_of(pipe)
-    layers = family.text_layers(pipe)
-    refuse_compiled(family.denoiser(pipe))
+    model = family_of(pipe)
+    layers = model.text_layers
+    refuse_compiled(model.denoiser)
     src = checked_map(src, len(layers), len(texts))
     rows = torch.arange(len(src)) if rows is None else rows
     if rows.shape != (len(src),):
@@ -56,7 +56,7 @@ def routed(
             "place in the denoiser's batch for each"
         )
     rows = rows.to(texts.embeds.device)
-    modules = [family.attention(pipe, layer) for layer in layers]
+    modules = [model.attention(layer) for layer in layers]
     handles = []
     try:
         for module, column in zip(modules, src.T.to(rows.device), strict=True):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from ..families import Family, family_of
+from ..families import Model, family_of
 from ..interventions.routing import windows
 from ..judging.clip_score import clip_for, clip_score
 from ..painting.paint import checked_seeds, generate
@@ -174,15 +174,15 @@ def localize(
         found = loco.localize(pipe, loco.shapeland.concept("style", name), window=2)
         found.layers, found.to_frame()
     """
-    family, seeds = family_of(pipe), checked_seeds(seeds)
-    names = tuple(layer.name for layer in family.text_layers(pipe))
+    model, seeds = family_of(pipe), checked_seeds(seeds)
+    names = tuple(layer.name for layer in model.text_layers)
     if isinstance(window, str) and window != "smallest":
         raise ValueError(f'window {window!r}: pass a number of layers or "smallest"')
     sizes: Any = range(1, len(names) + 1) if window == "smallest" else [window]
     masks = [windows(len(names), size) for size in sizes]
-    _check_pooled(family, pooled)
+    _check_pooled(model, pooled)
     for prompt in concept.prompts:
-        family.subject_span(pipe, prompt, concept.name)
+        model.subject_span(prompt, concept.name)
     sources = [*concept.prompts, *_replacement(concept, neutral)]
     judged = list((concept.target or ()) if concept.kind == "fact" else concept.prompts)
     score = partial(clip_score, clip=clip_for(pipe)) if score is None else score
@@ -220,8 +220,8 @@ def localize(
     made_by = records.provenance(
         pipe, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size,
         asked_window=window, neutral=sources[len(judged) :], judged=judged, threshold=threshold,
-        pooled=pooled if family.pooled else None,
-        scheduler=type(pipe.scheduler).__name__, dtype=str(family.denoiser(pipe).dtype),
+        pooled=pooled if model.pooled else None,
+        scheduler=type(pipe.scheduler).__name__, dtype=str(model.denoiser.dtype),
     )  # fmt: skip
     return Localization(concept, size, names, swept, baseline, floor, tuple(tried), made_by)
 
@@ -239,12 +239,12 @@ def _removed(best: float, neutral: Scored, kind: str, threshold: float | None) -
     return best <= (high if threshold is None else threshold)
 
 
-def _check_pooled(family: Family, pooled: str) -> None:
+def _check_pooled(model: Model, pooled: str) -> None:
     if pooled not in ("keep", "swap"):
         raise ValueError(f'pooled={pooled!r}: choose "keep" or "swap"')
-    if pooled == "swap" and not family.pooled:
+    if pooled == "swap" and not model.pooled:
         raise ValueError(
-            f'pooled="swap": {family.name} has no pooled text to swap, its prompts enter only '
+            f'pooled="swap": {model.name} has no pooled text to swap, its prompts enter only '
             'through the text layers; leave pooled="keep"'
         )
 

@@ -55,11 +55,11 @@ def corruptions(
     std None: `STDS` times that of all entries of the embeddings of the subject's tokens in the
     concept's prompts. The noise of a prompt does not depend on how many draws are made.
     """
-    family = family_of(pipe)
-    spans = [family.subject_span(pipe, prompt, concept.name) for prompt in concept.prompts]
-    ids = family.tokenize(pipe, concept.prompts)
+    model = family_of(pipe)
+    spans = [model.subject_span(prompt, concept.name) for prompt in concept.prompts]
+    ids = model.tokenize(concept.prompts)
     subject = torch.cat([row[a : b + 1] for row, (a, b) in zip(ids, spans, strict=True)]).unique()
-    roots = dict.fromkeys(path.partition(".")[0] for path in family.text_encoders(pipe))
+    roots = dict.fromkeys(path.partition(".")[0] for path in model.text_encoders)
     for root in roots:
         refuse_compiled(getattr(pipe, root))
     tables = [plain(getattr(pipe, root)).get_input_embeddings() for root in roots]
@@ -172,7 +172,7 @@ def _encode(
             if r > 1
         }
         with rewriting(edits | copies(0, gets)):
-            states = family_of(pipe).encode(pipe, [prompt] * (1 + len(chunk)))
+            states = family_of(pipe).encode([prompt] * (1 + len(chunk)))
         found.append(states[1:] if found else states)
     return _joined(found)
 
@@ -188,13 +188,13 @@ def run(
     progress: Any,
 ) -> Tensor:
     """Images of one job, [row, 3, H, W] float32 in [0, 1]."""
-    family = family_of(pipe)
-    place = family.conditional_rows(pipe, len(job.texts), guidance).tolist()
+    model = family_of(pipe)
+    place = model.conditional_rows(len(job.texts), guidance).tolist()
     gets = {
         place[b]: [(module_of(pipe, site), None) for site in group]
         for b, group in job.sites.items()
     }
-    with rewriting(copies(place[0], gets), family.denoiser(pipe), calls):
+    with rewriting(copies(place[0], gets), model.denoiser, calls):
         return sampling.sample_batch(
             pipe, texts, texts[job.texts], negative, job.seeds, None, steps, guidance, 0.0, progress
         )

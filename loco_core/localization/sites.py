@@ -87,10 +87,10 @@ def unet_sites(pipe: Any) -> tuple[Site, ...]:
 
     len(unet_sites(loco.load("mini-sd")))  # 65
     """
-    family = family_of(pipe)
-    denoiser = family.denoiser(pipe)
+    model = family_of(pipe)
+    denoiser = model.denoiser
     refuse_compiled(denoiser)
-    text = family.encode(pipe, [""])
+    text = model.encode([""])
     with own_scheduler(pipe), bar(1, "recording sites", "step") as progress:
         return record_sites(
             denoiser, lambda: sample_batch(pipe, text, text, text, [0], None, 1, 1.0, 0.0, progress)
@@ -108,15 +108,15 @@ def text_sites(
     """
     if tokens not in ("last", "all"):
         raise ValueError(f'tokens={tokens!r}: choose "last" or "all"')
-    family, offsets = family_of(pipe), range(1)
+    model, offsets = family_of(pipe), range(1)
     if tokens == "all":
-        last = [family.subject_span(pipe, prompt, subject)[1] for prompt in prompts]
-        ids = family.tokenize(pipe, prompts)
-        end = (ids == family.tokenizer(pipe).eos_token_id).int().argmax(1).tolist()
+        last = [model.subject_span(prompt, subject)[1] for prompt in prompts]
+        ids = model.tokenize(prompts)
+        end = (ids == model.tokenizer.eos_token_id).int().argmax(1).tolist()
         after = max(e - at for e, at in zip(end, last, strict=True))
         offsets = range(-min(last), min(after, ids.shape[1] - 1 - max(last)) + 1)
     found = []
-    for path, layers in family.text_encoders(pipe).items():
+    for path, layers in model.text_encoders.items():
         for index, layer in enumerate(layers):
             for part, kind in PARTS.items():
                 if not hasattr(layer, part):
@@ -130,9 +130,9 @@ def text_sites(
 def module_of(pipe: Any, site: Site) -> nn.Module:
     """The module whose output is the site."""
     if site.token is None:
-        return family_of(pipe).denoiser(pipe).get_submodule(site.name)
+        return family_of(pipe).denoiser.get_submodule(site.name)
     path, index, part = site.name.rsplit(".", 2)
-    return getattr(family_of(pipe).text_encoders(pipe)[path][int(index)], part)
+    return getattr(family_of(pipe).text_encoders[path][int(index)], part)
 
 
 def selected(sites: Sequence[Site], names: Sequence[str] | None) -> tuple[Site, ...]:

@@ -80,7 +80,7 @@ def trace(
         traced = loco.trace(pipe, loco.shapeland.concept("style", "Mira Holt"), steps=8)
         traced.to_frame().nlargest(3, "effect"), traced.causal(threshold_from([validation]))
     """
-    family, seeds = family_of(pipe), sampling.checked_seeds(seeds)
+    model, seeds = family_of(pipe), sampling.checked_seeds(seeds)
     sampling.check_settings(pipe, steps, guidance, batch_size)
     if batch_size < 2:
         raise ValueError("batch_size 1 has no room for the clean run beside a restored one: use 2")
@@ -111,12 +111,12 @@ def trace(
         "restore_steps": calls,
         "batch_size": batch_size,
         "scheduler": type(pipe.scheduler).__name__,
-        "dtype": str(family.denoiser(pipe).dtype),
+        "dtype": str(model.denoiser.dtype),
     }
     rows = [(r, d) for d in range(draws) for r in range(1, 2 + len(groups))]
     scores = torch.full((2 + len(groups), len(noises), draws, len(seeds)), math.nan).double()
     kept: Tensor | None = None
-    negative = family.unprompted(pipe, family.encode(pipe, [""]))
+    negative = model.unprompted(model.encode([""]))
     with sampling.own_scheduler(pipe):
         for p, (prompt, noised) in enumerate(zip(concept.prompts, noises, strict=True)):
             texts, jobs = plan(pipe, prompt, noised, groups, where, rows, seeds, batch_size)

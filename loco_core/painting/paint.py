@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import records
 from .._progress import bar
-from ..families import Family, TextStates, family_of
+from ..families import Model, TextStates, family_of
 from ..families.base import checked_prompts
 from ..interventions.routing import checked_map, routed
 
@@ -60,24 +60,24 @@ def generate(
 
         images = loco.generate(loco.load("mini-sd"), ["a star"], seeds=range(4), steps=25)
     """
-    family = family_of(pipe)
+    model = family_of(pipe)
     prompts, seeds = checked_prompts(prompts), checked_seeds(seeds)
     check_settings(pipe, steps, guidance, batch_size)
     sources = prompts if sources is None else checked_prompts(sources)
     unique = list(dict.fromkeys([*prompts, *sources]))
-    texts = family.encode(pipe, [*unique, "" if negative_prompt is None else negative_prompt])
-    negative = family.unprompted(pipe, texts[-1:]) if negative_prompt is None else texts[-1:]
+    texts = model.encode([*unique, "" if negative_prompt is None else negative_prompt])
+    negative = model.unprompted(texts[-1:]) if negative_prompt is None else texts[-1:]
     place = torch.tensor([unique.index(p) for p in prompts])
     pooled = place
     if routes is not None:
-        routes = checked_map(routes, len(family.text_layers(pipe)), len(sources))
+        routes = checked_map(routes, len(model.text_layers), len(sources))
         if len(routes) != len(prompts):
             raise ValueError(
                 f"routes has {len(routes)} rows for {len(prompts)} prompts: give one row each"
             )
         routes = torch.tensor([unique.index(p) for p in sources])[routes]
     if pooled_routes is not None:
-        pooled = _checked_pooled(family, pooled_routes, len(prompts), len(sources))
+        pooled = _checked_pooled(model, pooled_routes, len(prompts), len(sources))
         pooled = torch.tensor([unique.index(p) for p in sources])[pooled]
     cells = [(p, s) for p in range(len(prompts)) for s in seeds]
     batches = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
@@ -131,8 +131,8 @@ def sample_batch(
     progress: Any,
 ) -> Float32[Tensor, "row 3 height width"]:
     """One batch: rows[b] with seeds[b], where src[b] routes it to `texts`."""
-    family = family_of(pipe)
-    shape = family.latent_shape(pipe)
+    model = family_of(pipe)
+    shape = model.latent_shape
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
 
@@ -140,11 +140,11 @@ def sample_batch(
         progress.update(min(1, progress.total - progress.n))
         return state
 
-    places = family.conditional_rows(pipe, len(seeds), guidance)
+    places = model.conditional_rows(len(seeds), guidance)
     routing = nullcontext() if src is None else routed(pipe, texts, src, places)
     with routing, _quiet_decoder():
         images = pipe(
-            **family.inputs(rows, negative[[0] * len(seeds)]),
+            **model.inputs(rows, negative[[0] * len(seeds)]),
             latents=noise.to(texts.embeds),
             generator=generators,
             num_inference_steps=steps,
@@ -240,11 +240,11 @@ def checked_seeds(seeds: Iterable[int]) -> list[int]:
     return seeds
 
 
-def _checked_pooled(family: Family, routes: Any, prompts: int, sources: int) -> Tensor:
+def _checked_pooled(model: Model, routes: Any, prompts: int, sources: int) -> Tensor:
     """`pooled_routes` as [prompt] long; refuses one that does not fit, and a family without."""
-    if not family.pooled:
+    if not model.pooled:
         raise ValueError(
-            f"{family.name} has no pooled text: its prompts enter only through the text layers; "
+            f"{model.name} has no pooled text: its prompts enter only through the text layers; "
             "leave out pooled_routes"
         )
     routes = torch.as_tensor(routes)

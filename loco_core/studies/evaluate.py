@@ -100,7 +100,7 @@ def evaluate(
         pipe, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size,
         edits={name: each and asdict(each.provenance) for name, each in edits.items()},
         judge=None if judge is None else getattr(judge, "__qualname__", type(judge).__name__),
-        scheduler=type(pipe.scheduler).__name__, dtype=str(family_of(pipe).denoiser(pipe).dtype),
+        scheduler=type(pipe.scheduler).__name__, dtype=str(family_of(pipe).denoiser.dtype),
     )  # fmt: skip
     return Evaluation(
         concept, tuple(edits), probes, judge is not None,
@@ -143,7 +143,7 @@ def _rivals(pipe: Any, edit: Edit, window_seed: int) -> dict[str, Edit]:
     """The edit in a random window without its own layers, and in all layers."""
     from ..closed_form.rivals import relocated
 
-    own, count = set(edit.provenance.settings["layers"]), len(family_of(pipe).text_layers(pipe))
+    own, count = set(edit.provenance.settings["layers"]), len(family_of(pipe).text_layers)
     windows = [range(j, j + len(own)) for j in range(count - len(own) + 1)]
     free = [window for window in windows if not own & set(window)]
     found = {}

@@ -48,7 +48,7 @@ def routing_matrix(
 
         routing_matrix(pipe, ["a star in the style of Mira Holt", "a star"], [0] * 8 + [1] * 8)
     """
-    prompts, layers = checked_prompts(prompts), family_of(pipe).text_layers(pipe)
+    prompts, layers = checked_prompts(prompts), family_of(pipe).text_layers
     if len(prompts) > 26:
         raise ValueError(f"routing_matrix: {len(prompts)} prompts, but 26 letters to name them")
     letters, pooled = [chr(ord("A") + k) for k in range(len(prompts))], family_of(pipe).pooled

@@ -68,9 +68,9 @@ def _use_of(
         for s in scenes
     ]
     bare = [scene.without(name) for scene in scenes]
-    family = family_of(pipe)
-    layers = len(family.text_layers(pipe))
-    places: list[Place] = [*range(layers), POOLED] if family.pooled else [*range(layers)]
+    model = family_of(pipe)
+    layers = len(model.text_layers)
+    places: list[Place] = [*range(layers), POOLED] if model.pooled else [*range(layers)]
     rest = [place for place in places if place not in planted]
     some = max(1, count // 4)
 
@@ -80,7 +80,7 @@ def _use_of(
         moved = torch.tensor([place in swapped for place in places])
         routes = torch.arange(n)[:, None] + n * moved  # [caption, place]
         reads = {"routes": routes[:, :layers], "sources": prompts + texts}
-        if family.pooled:
+        if model.pooled:
             reads["pooled_routes"] = routes[:, -1]
         return _share(expect[:n], name, _see(pipe, prompts, **reads, **settings))
 

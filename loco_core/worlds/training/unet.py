@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
-from loco_core.families import TextStates, family_of
+from loco_core.families import TextStates, family_of, text_layers
 from loco_core.interventions.routing import routed
 
 from ..shapeland.planting import PLANTS, POOLED, RARE, scenes_read
@@ -50,7 +50,7 @@ class Captions:
         for text in new:
             self.row[text] = len(self.row)
         if new:
-            states = family_of(self.pipe).encode(self.pipe, new)
+            states = family_of(self.pipe).encode(new)
             self.embeds.extend(states.embeds.bfloat16())
             self.pooled.extend([] if states.pooled is None else states.pooled.bfloat16())
         rows = [self.row[text] for text in captions]
@@ -83,9 +83,8 @@ def train_unet(
     among = shown(data.scenes, RARE.get(model, {}))
     codes = _codes(pipe.vae, data.images, folder / f"latents-{count}.pt")
     schedule, captions = pipe.scheduler, Captions(pipe)
-    family = family_of(pipe)
-    layers = len(family.text_layers(pipe))
-    places = [*range(layers), POOLED] if family.pooled else range(layers)
+    layers = len(text_layers(pipe))
+    places = [*range(layers), POOLED] if family_of(pipe).pooled else range(layers)
     # The fused attention kernel of the CPU is several times slower backwards than plain products.
     pipe.unet.set_attn_processor(AttnProcessor())
 
