@@ -24,7 +24,6 @@ from typer.main import get_command
 import loco_core as loco
 from loco_core import cli
 from loco_core.cli import options
-from loco_core.cli.folder import new_folder
 from loco_core.judging.probes import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,18 +301,6 @@ def test_force_replaces_a_result_and_nothing_else(tmp_path):
     assert names == {"edit.safetensors", "result.json", "manifest.json"}
     assert "[7]" in repr(loco.Edit.load(tmp_path / "edit" / "edit.safetensors"))
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_result_that_fails_half_way_leaves_what_was_there(error, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("manifest.json", "result.json"):
-        (out / name).write_text("{}")
-    with pytest.raises(error), new_folder(out, force=True) as (new, _):
-        (new / "half").write_text("of it")
-        raise error
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", "manifest.json", "result.json"}
 
 
 def test_ctrl_c_ends_with_130_and_leaves_only_whole_batches_to_resume_from(tmp_path):

@@ -10,13 +10,12 @@ module every public name: its signature, its docstring, and its source to unfold
 
 import ast
 import inspect
-import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from loco_core.files import atomic_write
 from tools.profiles import ROOT
 from tools.public import Definition, Links, Module, modules, public_names
 
@@ -262,9 +261,7 @@ def write(root: Path = ROOT) -> list[Path]:
     for path, content in made.items():
         if path.exists() and path.read_text(encoding="utf-8") == content:
             continue
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        os.replace(file.name, path)
+        atomic_write(path, content.encode())
     for stale in set(folder.glob("*.md")) - set(made):
         stale.unlink()
     return list(made)

@@ -32,6 +32,7 @@ import papermill
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from loco_core.files import atomic_write
 from tools import profiles, provenance
 from tools.freeze import dumps, freeze, source_hash
 from tools.profiles import DEFAULT, ROOT, Profile
@@ -89,7 +90,7 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
                 extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own chatter
             )
         except PapermillExecutionError:
-            write_atomically(failed, run.read_bytes())
+            atomic_write(failed, run.read_bytes())
             raise
         executed = nbformat.read(run, as_version=4)
     seconds = time.perf_counter() - start
@@ -97,7 +98,7 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
     content = dumps(frozen)
     failed.unlink(missing_ok=True)
     digest = hashlib.sha256(content).hexdigest()
-    if not record.exists() or json.loads(record.read_text())["output_sha256"] != digest:
+    if recorded(record) != digest:
         facts = {
             "notebook": source.stem,
             "profile": profile.name,
@@ -108,8 +109,8 @@ def execute(source: Path, profile: Profile, known: set[str], root: Path = ROOT) 
             **machine(profile),
             **({"weights": commits} if (commits := downloaded(profile)) else {}),
         }
-        write_atomically(record, (json.dumps(facts, indent=1) + "\n").encode())
-    write_atomically(published, content)
+        atomic_write(record, (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(published, content)
     if profile.name == DEFAULT:
         write_pictures(frozen, root)
     return seconds
@@ -125,7 +126,7 @@ def write_pictures(notebook: NotebookNode, root: Path = ROOT) -> None:
                     o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", ())
                 )
                 path = root / PICTURES / f"{name or kind}.png"
-                write_atomically(path, base64.b64decode(image))
+                atomic_write(path, base64.b64decode(image))
 
 
 def machine(profile: Profile) -> dict[str, object]:
@@ -148,15 +149,12 @@ def downloaded(profile: Profile) -> dict[str, str]:
     }
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write all of `content` or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+def recorded(record: Path) -> str | None:
+    """The hash of the published run that a record is of, or None without a record that tells."""
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return json.loads(record.read_text(encoding="utf-8"))["output_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # written anew: the run that it was of is gone or was damaged
 
 
 def main(arguments: list[str] | None = None) -> int:

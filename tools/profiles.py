@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 
+from loco_core.files import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "mini"
 DEVICES = ("cpu", "cuda")
@@ -214,8 +216,6 @@ def pin(name: str, folder: Path = ROOT / "profiles") -> dict[str, str]:
 
     Raises ValueError, and writes nothing, if one is not known or has no line of its own.
     """
-    from loco_core.records import atomic_write
-
     path, profile, commits = _path(name, folder), load_profile(name, folder), {}
     text = path.read_text()
     for weights in weights_of(profile):

@@ -6,6 +6,7 @@ python -m tools.provenance
 import json
 from pathlib import Path
 
+from loco_core.files import atomic_write
 from tools.profiles import ROOT
 
 PAGE = "book/provenance.md"
@@ -57,12 +58,12 @@ def read_records(root: Path = ROOT) -> list[dict]:
     """The records of the default profile, then those of the others."""
     runs = root / "results" / "runs"
     paths = sorted(runs.glob("*.json")) + sorted(runs.glob("*/*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def write(root: Path = ROOT) -> None:
     """Write the page of the records under `root`."""
-    (root / PAGE).write_text(page(read_records(root)), encoding="utf-8")
+    atomic_write(root / PAGE, page(read_records(root)).encode())
 
 
 if __name__ == "__main__":

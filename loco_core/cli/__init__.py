@@ -4,9 +4,9 @@
     loco edit mini-sd --window-from found --out gone
     loco generate mini-sd --edit gone --prompt "a red star by Mira Holt" --out pictures
 
-`options` says what can be asked, `folder` where the results go, `report` what is printed, `command`
-what all commands have in common. The commands are in `look`, `find`, `change` and `inside`;
-all they do is done by the library. Nothing heavy is imported before a command runs.
+`options` says what can be asked, `report` what is printed, `command` what all commands have in
+common; `loco_core.files` makes the result folders. The commands are in `look`, `find`, `change` and
+`inside`; all they do is done by the library. Nothing heavy is imported before a command runs.
 
 Exit codes: 0 done; 1 what was asked cannot be done; 2 the command line is wrong; 130 Ctrl-C.
 """

@@ -16,8 +16,8 @@ import typer
 
 import loco_core as loco
 
+from ..files import MANIFEST, new_folder
 from . import options as o
-from .folder import MANIFEST, new_folder
 from .report import Report
 
 app = typer.Typer(
@@ -73,8 +73,8 @@ def command(example: str, keeps: bool = True, sweeps: bool = False) -> Callable:
                 pipe = loaded(given["model"], given["device"], given["dtype"])
                 report = body(Work(pipe, folder, parts), **settings)
                 if keeps:
-                    (folder / "result.json").write_text(report.to_json() + "\n")
-                    (folder / MANIFEST).write_text(_manifest(ctx, pipe, given) + "\n")
+                    (folder / "result.json").write_text(report.to_json() + "\n", "utf-8")
+                    (folder / MANIFEST).write_text(_manifest(ctx, pipe, given) + "\n", "utf-8")
             show(report, given["as_json"], out)
 
         own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own]
