@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import loco_core as loco
-from loco_core.closed_form.rows import TOKENS
+from loco_core.families.tokens import TOKENS
 from loco_core.worlds.shapeland import ATTRIBUTES, Scene, concept, describe, held_out_scenes, judge
 
 ERASED_BAR, SPARED_BAR = 0.10, 0.03
@@ -65,7 +65,7 @@ def alone(pipe, layers: list[int], args: argparse.Namespace) -> pd.DataFrame:
             before[before.painter == s.style].iloc[[scenes[s.style].index(s)]] for s in others
         )
         own = before[before.painter == style]
-        for tokens in TOKENS:
+        for tokens in TOKENS["edit"]:
             edit = loco.locoedit(
                 pipe, removed, layers, args.lam, tokens=tokens, preserve=spare(removed)
             )

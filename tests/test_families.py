@@ -9,7 +9,7 @@ from torch import nn
 import loco_core as loco
 from loco_core.closed_form.keys import rows_of
 from loco_core.families import family_of
-from loco_core.families.base import record_text_layers
+from loco_core.families.running import record
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def test_the_published_sd15_has_16_layers_with_the_mid_block_at_6():
         unet = UNet2DConditionModel(
             sample_size=64, cross_attention_dim=768, attention_head_dim=8
         )  # the published config: the other values are the class's defaults
-        layers = record_text_layers(
+        layers = record(
             unet, torch.empty(1, 4, 8, 8), torch.zeros(()), torch.empty(1, 77, 768)
-        )
+        ).text_layers
     places = [layer.name.split(".attentions")[0] for layer in layers]
     assert len(layers) == 16 and {layer.width for layer in layers} == {768}
     assert places[:6] == [f"down_blocks.{i}" for i in (0, 0, 1, 1, 2, 2)]
@@ -76,7 +76,7 @@ def test_the_published_sd21_has_the_same_16_places_and_reads_1024_features():
         layer.name for layer in loco.text_layers(build_tiny_sd())
     ]
     assert {layer.width for layer in layers} == {1024}
-    assert family_of(pipe).latent_shape == (4, 96, 96)
+    assert family_of(pipe)._latent_shape() == (4, 96, 96)
 
 
 PADDED = {"with EOS, as SD 1": build_tiny_sd, "with !, as SD 2": build_tiny_sd2}

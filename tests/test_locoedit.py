@@ -6,7 +6,7 @@ from conftest import TOKENS as LENGTH
 from conftest import build_tiny_sd
 
 import loco_core as loco
-from loco_core.closed_form.rows import TOKENS
+from loco_core.families.tokens import TOKENS
 
 GOGH = loco.Concept(
     "van gogh",
@@ -107,7 +107,7 @@ def test_one_map_serves_every_layer_and_agrees_with_the_textbook_per_layer(tiny_
         assert torch.allclose(edit.changes[name].apply_to(W.double()), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", TOKENS["edit"])
 def test_tokens_are_paired_as_documented(tiny_sd, tokens):
     prompt, twin = GOGH.prompts[1], GOGH.neutral[1]
     edit = loco.locoedit(tiny_sd, one_pair(prompt, twin), LAYERS, lam=0.0, tokens=tokens)

@@ -121,7 +121,7 @@ def slow_image(pipe, text, modules=(), kept=None, calls=None):
 
         return forward
 
-    shape = family_of(pipe).latent_shape
+    shape = family_of(pipe)._latent_shape()
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
     with replaced(modules, wrap), sampling.own_scheduler(pipe), torch.no_grad():
         return pipe(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..concepts import Concept
-from ..edits.weights import linear_of, plain
+from ..edits.weights import linear_of
 from ..families import Model, TextStates, family_of
+from ..families.running import plain
 from .rows import Rows, gather
 
 __all__ = ["PROMPT", "rows_of", "source_of"]

@@ -62,6 +62,7 @@ def solve(
         "scales": [float(scale) for scale in scales],
         **more,
     }
+    widths = {name: linear_of(pipe, name).in_features for name in names}  # or the reason why not
     rows: dict[str, Rows] = {}
     maps: dict[tuple[str, float], LowRankMap] = {}
     changes: dict[str, LowRankMap] = {}
@@ -69,10 +70,9 @@ def solve(
         source, price = source_of(pipe, name), lam[kind_of(name)]
         if source not in rows:
             rows[source] = rows_of(pipe, settings, source)
-        width = linear_of(pipe, name).in_features
-        if width != rows[source].keys.shape[1]:
+        if widths[name] != rows[source].keys.shape[1]:
             raise ValueError(
-                f"{name} reads {width} features, but the prompts are encoded to "
+                f"{name} reads {widths[name]} features, but the prompts are encoded to "
                 f"{rows[source].keys.shape[1]}: its keys cannot be known from the prompt alone"
             )
         if (source, price) not in maps:

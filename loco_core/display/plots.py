@@ -13,6 +13,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from ..families import Site
+
 CURVE, FOUND, TRUTH = sns.color_palette("colorblind", 3)
 
 
@@ -165,12 +167,12 @@ def _effect_bars(frame: Any, threshold: float | None) -> Figure:
         )  # fmt: skip
     if threshold is not None:
         axis.axhline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
-    block = frame["site"].str.extract(r"^(\w+_blocks\.\d+|\w+)")[0]
+    block = frame["site"].map(lambda name: Site(name, "").block)
     starts = block.drop_duplicates().index.to_numpy()
     for start in starts[1:]:
         axis.axvline(start - 0.5, color="0.8", linewidth=1, zorder=0)
     middles = (starts + np.append(starts[1:], len(frame)) - 1) / 2
-    axis.set_xticks(middles, block[starts].str.replace("_blocks.", " ").str.replace("_block", ""))
+    axis.set_xticks(middles, block[starts])
     axis.grid(False, axis="x")
     axis.set(xlabel="block, its sites in the order they run", xlim=(-1, len(frame)))
     axis.set_ylabel("effect (restored - corrupted)")
@@ -180,11 +182,9 @@ def _effect_bars(frame: Any, threshold: float | None) -> Figure:
 
 def _effect_maps(frame: Any, threshold: float | None) -> Figure:
     kinds = list(dict.fromkeys(frame["kind"]))
-    layer = frame["site"].str.replace(r"\.\w+$", "", regex=True)
-    layer = layer.str.replace(r"\.(?:text_model\.)?encoder\.layers\.", " ", regex=True)
-    encoders = layer.str.rsplit(" ", n=1).str[0].unique()
-    if len(encoders) == 1:
-        layer = layer.str.rsplit(" ", n=1).str[-1]
+    places = [Site(name, "", 0).layer for name in frame["site"]]
+    encoders = {encoder for encoder, _ in places}
+    layer = [str(n) if len(encoders) == 1 else f"{encoder} {n}" for encoder, n in places]
     order, most = list(dict.fromkeys(layer)), frame["effect"].abs().max()
     frame, tokens = frame.assign(layer=layer), list(frame["token"].unique())
     if len(tokens) == 1:  # the kinds side by side

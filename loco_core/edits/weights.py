@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families import TextLayer, family_of
-from ..families.base import plain
+from ..families.checks import plain_module
+from ..families.running import plain
 from ..records import model_name
-
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def module_of(pipe: Any, name: str) -> nn.Module:
@@ -35,28 +34,9 @@ def editable(pipe: Any, name: str) -> nn.Module:
     Raises ValueError with the reason and the fix if it cannot be edited: fused, wrapped by an
     adapter, quantised or offloaded.
     """
-    module = module_of(pipe, name)
-    owner = module_of(pipe, name.removesuffix(".weight").rpartition(".")[0])
-    if _fused(owner):
-        raise ValueError(
-            f"{name} is fused with its neighbours and no longer read: call "
-            "pipe.unfuse_qkv_projections() first"
-        )
-    if hasattr(module, "base_layer"):
-        raise ValueError(
-            f"{name} is wrapped by a LoRA adapter: call pipe.unload_lora_weights() first"
-        )
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(module, PLAIN) or type(weight) is not nn.Parameter:
-        raise ValueError(
-            f"{name} belongs to a {type(module).__name__} and holds a {type(weight).__name__}: "
-            "only a plain nn.Linear or convolution can be edited; load the pipeline unquantised"
-        )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise ValueError(f"{name} is quantised to {weight.dtype}: load the pipeline unquantised")
-    if weight.device.type == "meta":
-        raise ValueError(f"{name} is offloaded: load the pipeline without sequential CPU offload")
-    return module
+    module_of(pipe, name)
+    path, _, last = name.removesuffix(".weight").rpartition(".")
+    return plain_module(module_of(pipe, path), last, name)
 
 
 def linear_of(pipe: Any, name: str) -> nn.Linear:
@@ -67,14 +47,6 @@ def linear_of(pipe: Any, name: str) -> nn.Linear:
             f"{name} belongs to a {type(module).__name__}: only an nn.Linear reads embeddings"
         )
     return module
-
-
-def _fused(attention: nn.Module) -> bool:
-    """Whether an attention module reads a fused copy of its projections."""
-    # The UNets' Attention keeps its flag after unfusing; there the processor tells.
-    flagged = getattr(attention, "fused_projections", False)
-    processor = type(getattr(attention, "processor", None)).__name__
-    return flagged and (hasattr(attention, "unfuse_projections") or "Fused" in processor)
 
 
 @torch.no_grad()
@@ -105,13 +77,11 @@ def projections(pipe: Any, layers: Sequence[int], where: Sequence[str] = ("k", "
     model = family_of(pipe)
     if isinstance(where, str) or not set(where) <= {"k", "v"} or not len(where):
         raise ValueError(f"where={where!r} matches no weight: choose from ('k', 'v')")
-    denoiser = model.denoiser
-    component = next(name for name, part in pipe.components.items() if part is denoiser)
     return [
         name
         for layer in chosen_layers(model.text_layers, layers)
         for projection in model.kv(layer)
-        if kind_of(name := f"{component}.{layer.name}.{projection}.weight") in where
+        if kind_of(name := f"{model.component}.{layer.name}.{projection}.weight") in where
     ]
 
 

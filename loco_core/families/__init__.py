@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from .base import Model, TextLayer, TextStates
+from ..records import weights as values
+from .base import Model
+from .sites import Site
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
+from .text import TextLayer, TextStates
 
 FAMILIES: tuple[type[Model], ...] = (
     StableDiffusion,
@@ -40,4 +43,13 @@ def text_layers(pipe: Any) -> tuple[TextLayer, ...]:
     return family_of(pipe).text_layers
 
 
-__all__ = ["FAMILIES", "Model", "TextLayer", "TextStates", "family_of", "text_layers"]
+__all__ = [
+    "FAMILIES",
+    "Model",
+    "Site",
+    "TextLayer",
+    "TextStates",
+    "family_of",
+    "text_layers",
+    "values",
+]

@@ -8,83 +8,53 @@ their own.
 To add a family: one file with a subclass of `Model`, and one line in `families/__init__.py`.
 """
 
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Int64, Shaped
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
+from .checks import plain_module, refuse_fused, whole_number
+from .running import Run, plain
+from .sites import Site, text_sites
+from .subject import span_of
+from .text import TextLayer, TextStates, checked_prompts
 
-@dataclass(frozen=True)
-class TextLayer:
-    """One place where text enters the denoiser.
-
-    index: position in execution order, 0-based. name: path of the attention module below the
-    denoiser. width: features of the text states that its K and V projections read.
-    """
-
-    index: int
-    name: str
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class TextStates:
-    """Encoded prompts. embeds: [prompt, token, width], device and dtype of the pipeline.
-
-    tokens: ids, [prompt, token], on the CPU. mask: [prompt, token], nonzero where a token may be
-    read, or None if every token is. pooled: [prompt, width] or None.
-    """
-
-    embeds: Float[Tensor, "prompt token width"]
-    tokens: Int[Tensor, "prompt token"]
-    mask: Shaped[Tensor, "prompt token"] | None = None
-    pooled: Float[Tensor, "prompt pooled"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def __getitem__(self, rows: Any) -> "TextStates":
-        """Rows of the table: a slice, a list of indices or a long tensor."""
-        pick: list[Any] = [None if x is None else x[rows] for x in self._fields()]
-        return TextStates(*pick)
-
-    def _fields(self) -> tuple[Tensor | None, ...]:
-        return self.embeds, self.tokens, self.mask, self.pooled
+__all__ = ["Model", "checked_prompts", "plain"]
 
 
 class Model(ABC):
     """A family bound to one of its pipelines: the questions a family answers, see the methods.
 
-    pipe: the pipeline. name: of the family. pooled: whether the denoiser is also handed a pooled
-    embedding of the prompt, which reaches it beside the text layers and so is not routed with them.
+    pipe: the pipeline. name: of the family. component: the denoiser's name in `pipe.components`.
+    pooled: whether the denoiser is also handed a pooled embedding of the prompt, which reaches it
+    beside the text layers and so is not routed with them. refuses: what cannot be done with a
+    pipeline of this family, and why: ability -> reason.
     """
 
     name: str
+    component: str = "unet"
     pooled: bool = False
+    refuses: Mapping[str, str] = {}
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {type(self.pipe).__name__}>"
+
+    # --- what a family answers for itself -----------------------------------------------------
 
     @classmethod
     @abstractmethod
     def owns(cls, pipe: Any) -> bool:
         """Whether `pipe` is of this family (subclasses of its pipeline class included)."""
 
-    @property
     @abstractmethod
-    def denoiser(self) -> nn.Module:
-        """The network that is called at every step."""
-
-    @property
-    @abstractmethod
-    def text_layers(self) -> tuple[TextLayer, ...]:
-        """Text layers in execution order, recorded by running the denoiser once without weights."""
+    def run(self) -> Run:
+        """The text layers and sites of the denoiser, in the order in which they run."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> TextStates:
@@ -93,15 +63,6 @@ class Model(ABC):
     @abstractmethod
     def kv(self, layer: TextLayer) -> dict[str, nn.Linear]:
         """The projections of `layer` that read text, by their names below the attention module."""
-
-    @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the noise the pipeline starts from."""
-
-    @abstractmethod
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
-        """Keyword arguments that hand encoded prompts to the pipeline's `__call__`."""
 
     @abstractmethod
     def conditional_rows(self, rows: int, guidance: float) -> Int64[Tensor, " row"]:
@@ -113,6 +74,111 @@ class Model(ABC):
         """The transformer layers of each text encoder, by the name of its path from the pipeline
         down ("text_encoder.encoder.layers"), in the order in which they run."""
 
+    @abstractmethod
+    def call(
+        self,
+        rows: TextStates,
+        negative: TextStates,
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        eta: float = 0.0,
+        size: tuple[int, int] | None = None,
+        tick: Callable[[], object] | None = None,
+    ) -> Float32[Tensor, "row 3 height width"]:
+        """Pictures of encoded prompts, [row, 3, H, W] in [0, 1] on the CPU, in one call of the
+        pipeline. See `LatentModel.call`."""
+
+    @abstractmethod
+    def latents(
+        self,
+        rows: TextStates,
+        negative: TextStates,
+        generators: Sequence[torch.Generator],
+        *,
+        steps: int,
+        guidance: float,
+    ) -> Float[Tensor, "row channel height width"]:
+        """What the denoiser has made of encoded prompts after the last step, on the pipeline's
+        device: as `call`, undecoded. generators: of the rows, on the CPU."""
+
+    @abstractmethod
+    def encoded(
+        self, images: Float[Tensor, "image 3 height width"]
+    ) -> Float[Tensor, "image channel y x"]:
+        """Images in [0, 1] as the denoiser knows them: the inverse of decoding `latents`."""
+
+    # --- what follows from that -----------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at every step."""
+        return getattr(self.pipe, self.component)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes, also if its weights wait elsewhere (CPU offload)."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's weights."""
+        return plain(self.denoiser).dtype
+
+    @property
+    def text_layers(self) -> tuple[TextLayer, ...]:
+        """Text layers in execution order, recorded by running the denoiser once without weights."""
+        return self.run().text_layers
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites of the denoiser in execution order, recorded in the same run.
+
+        Raises ValueError if it has none.
+
+        len(family_of(loco.load("mini-sd")).sites)  # 65
+        """
+        if not (sites := self.run().sites):
+            raise ValueError(
+                f"{type(plain(self.denoiser)).__name__} has no site that ran (resnets.*, attn1, "
+                'attn2, ff): only UNets are traced; where="text_encoder" may still work'
+            )
+        return sites
+
+    def module_of(self, site: Site) -> nn.Module:
+        """The module whose output is the site. Raises ValueError if this pipeline has none."""
+        try:
+            if site.token is None:
+                return self.denoiser.get_submodule(site.name)
+            path, index, part = site.name.rsplit(".", 2)
+            return getattr(self.text_encoders[path][int(index)], part)
+        except (AttributeError, KeyError, IndexError, ValueError):
+            raise ValueError(
+                f"this {type(self.pipe).__name__} has no site {site.label!r}: take sites from "
+                "family_of(pipe).sites or .text_sites(...) of this pipeline"
+            ) from None
+
+    def text_sites(
+        self, prompts: Sequence[str], subject: str, tokens: str = "last"
+    ) -> tuple[Site, ...]:
+        """The sites of all text encoders: by encoder, layer, self-attention then MLP, token.
+
+        tokens: "last", the subject's last token; or "all": from the first token that every prompt
+        has before its subject to the end-of-text token of the prompt that ends latest. Tokens are
+        counted from the subject's last one, so that prompts of different lengths line up.
+        """
+        if tokens not in ("last", "all"):
+            raise ValueError(f'tokens={tokens!r}: choose "last" or "all"')
+        offsets = range(1)
+        if tokens == "all":
+            last = [self.subject_span(prompt, subject)[1] for prompt in prompts]
+            ids = self.tokenize(prompts)
+            end = (ids == self.tokenizer.eos_token_id).int().argmax(1).tolist()
+            after = max(e - at for e, at in zip(end, last, strict=True))
+            offsets = range(-min(last), min(after, ids.shape[1] - 1 - max(last)) + 1)
+        return text_sites(self.text_encoders, offsets)
+
     def text_projections(self, layer: int = 0) -> list[str]:
         """Weight names of the output projection of self-attention `layer` of every text encoder.
 
@@ -120,17 +186,41 @@ class Model(ABC):
         """
         names = []
         for path, layers in self.text_encoders.items():
-            if isinstance(layer, bool) or layer not in range(len(layers)):
+            index = whole_number(layer, 0, len(layers) - 1)
+            if index is None:
                 raise ValueError(
                     f"layer {layer!r} is not in {path}: choose from 0 to {len(layers) - 1}"
                 )
-            attention = getattr(layers[layer], "self_attn", None)
+            attention = getattr(layers[index], "self_attn", None)
             if not hasattr(attention, "out_proj"):
                 raise ValueError(
-                    f"{path}.{layer} has no self_attn.out_proj: only CLIP text encoders have one"
+                    f"{path}.{index} has no self_attn.out_proj: only CLIP text encoders have one"
                 )
-            names.append(f"{path}.{layer}.self_attn.out_proj.weight")
+            names.append(f"{path}.{index}.self_attn.out_proj.weight")
         return names
+
+    @property
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """The table of word embeddings of each text encoder, by the name of its component."""
+        components = dict.fromkeys(path.partition(".")[0] for path in self.text_encoders)
+        return {x: plain(getattr(self.pipe, x)).get_input_embeddings() for x in components}
+
+    def reads(self, weight: str) -> Literal["prompt", "layer", "step"]:
+        """What a weight is handed, by what that depends on.
+
+        weight: its name from the pipeline down. "prompt": the encoded prompts, as they are, at
+        every text layer and step; "layer": an activation of a text encoder, known once the prompts
+        are encoded; "step": an activation of the denoiser, of this image at this step.
+
+        family_of(pipe).reads("text_encoder.encoder.layers.0.self_attn.out_proj.weight")  # "layer"
+        """
+        component, _, path = weight.partition(".")
+        if component != self.component:
+            return "layer"
+        attention, _, projection = path.removesuffix(".weight").rpartition(".")
+        layers = {layer.name: layer for layer in self.text_layers}
+        text = attention in layers and projection in self.kv(layers[attention])
+        return "prompt" if text else "step"
 
     def unprompted(self, empty: TextStates) -> TextStates:
         """What the pipeline pushes away from if it is given no negative prompt at all.
@@ -153,150 +243,36 @@ class Model(ABC):
                 f"the denoiser has no module {layer.name!r} (text layer {layer.index}): "
                 "take layers from loco.text_layers(pipe) of this pipeline"
             ) from None
-        if _is_fused(module):
-            raise ValueError(
-                f"text layer {layer.index} ({layer.name}) has fused projections: its to_k and to_v "
-                "are no longer read; call pipe.unfuse_qkv_projections() first"
-            )
+        refuse_fused(module, f"text layer {layer.index} ({layer.name})")
+        return module
+
+    def linear(self, layer: TextLayer, name: str) -> nn.Linear:
+        """The projection `name` of `layer`; refuses one that was replaced, wrapped or quantised."""
+        where = f"{name} of text layer {layer.index} ({layer.name})"
+        module = plain_module(self.attention(layer), name, where, values=False)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{where} is {type(module).__name__}: only an nn.Linear reads text")
         return module
 
     def tokenize(self, prompts: Sequence[str]) -> Int64[Tensor, "prompt token"]:
         """Token ids, padded and cut as the pipeline does: [prompt, token] long, on the CPU."""
-        tokenizer = self.tokenizer
-        return tokenizer(
+        return self.tokenizer(
             [self._worded(p) for p in checked_prompts(prompts)],
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
 
     def subject_span(self, prompt: str, subject: str) -> tuple[int, int]:
-        """(first, last) token positions of `subject` in `prompt`, both inclusive.
+        """(first, last) token positions of `subject` in `prompt`, both inclusive: the last place
+        where it stands as whole words, without regard to case. Errors as `subject.span_of`.
 
-        The subject is matched as whole words without regard to case; of several occurrences the
-        last counts, because a causal text encoder gathers the earlier ones there.
-
-            first, last = family_of(pipe).subject_span("a house by Van Gogh", "Van Gogh")
+        first, last = family_of(pipe).subject_span("a house by Van Gogh", "Van Gogh")  # (4, 5)
         """
-        found = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE))
-        if not subject.strip() or not found:
-            raise ValueError(
-                f"subject {subject!r} is not in the prompt {prompt!r}: "
-                "pass a prompt that contains it, word for word"
-            )
-        tokenizer = self.tokenizer
-
-        def ids(text: str) -> list[int]:
-            text = self._worded(text)
-            return tokenizer(text, add_special_tokens=False, truncation=False).input_ids
-
-        start, stop = found[-1].span()
-        whole, before, upto = ids(prompt), ids(prompt[:start].rstrip()), ids(prompt[:stop])
-        if whole[: len(before)] != before or whole[: len(upto)] != upto:
-            raise ValueError(
-                f"the tokenizer joins {subject!r} with its neighbours in {prompt!r}: "
-                "put spaces around it"
-            )
-        full = tokenizer(self._worded(prompt), truncation=False).input_ids
-        shift = next(i for i in range(len(full)) if full[i : i + len(whole)] == whole)
-        first, last = shift + len(before), shift + len(upto) - 1
-        room = tokenizer.model_max_length - (len(full) - len(whole) - shift)
-        if last >= room:
-            raise ValueError(
-                f"subject {subject!r} is cut off: it ends at token {last} of {prompt!r}, but this "
-                f"pipeline reads tokens 0 to {room - 1}; shorten the prompt"
-            )
-        return first, last
+        return span_of(prompt, subject, self.tokenizer, self._worded)
 
     def _worded(self, prompt: str) -> str:
         """The prompt as its tokenizer gets it (textual inversions spelled out)."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         return prompt if convert is None else convert(prompt, self.tokenizer)
-
-
-def checked_prompts(prompts: Sequence[str]) -> list[str]:
-    """`prompts` as a list; refuses a bare string, an empty list and anything that is no string."""
-    if isinstance(prompts, str):
-        raise ValueError(
-            f"prompts must be a list of strings, got the string {prompts!r}: pass [{prompts!r}]"
-        )
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("the list of prompts is empty: pass at least one prompt")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {prompt!r} is not a string")
-    return prompts
-
-
-def linear(module: nn.Module, layer: TextLayer, name: str) -> nn.Linear:
-    """The plain floating-point linear `name` of an attention module, or the reason why not."""
-    found = getattr(module, name, None)
-    where = f"{name} of text layer {layer.index} ({layer.name})"
-    if hasattr(found, "base_layer"):
-        raise ValueError(
-            f"{where} is wrapped by a LoRA adapter: call pipe.unload_lora_weights(), "
-            "or pipe.fuse_lora() and then unload, first"
-        )
-    if not isinstance(found, nn.Linear):
-        raise ValueError(
-            f"{where} is {type(found).__name__}, not nn.Linear: a quantised or "
-            "replaced projection cannot be edited; load the pipeline unquantised"
-        )
-    weight = found.weight
-    if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
-        raise ValueError(
-            f"{where} holds {type(weight.data).__name__} {weight.dtype}: a quantised "
-            "projection cannot be edited; load the pipeline unquantised"
-        )
-    return found
-
-
-def _is_fused(module: nn.Module) -> bool:
-    """Whether a fused copy of the projections is read. `Attention` keeps its flag after they were
-    unfused again: there, the processor tells."""
-    from diffusers.models.attention_processor import Attention
-
-    if isinstance(module, Attention):
-        return type(module.processor).__name__.startswith("Fused")
-    return getattr(module, "fused_projections", False)
-
-
-def config_key(module: Any) -> str:
-    """A diffusers config as JSON: hashable, and enough to build the architecture again."""
-    config = {k: v for k, v in module.config.items() if not k.startswith("_")}
-    return json.dumps(config, sort_keys=True, default=str)
-
-
-def plain(module: nn.Module) -> Any:
-    """The module below `torch.compile`, if it was compiled."""
-    return getattr(module, "_orig_mod", module)
-
-
-def record_text_layers(denoiser: nn.Module, *args: Any, **kwargs: Any) -> tuple[TextLayer, ...]:
-    """Run `denoiser` once and number the attention modules that are handed text, as they run."""
-    from diffusers.models.attention_processor import Attention
-
-    seen: dict[str, int] = {}
-
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            text = kwargs.get("encoder_hidden_states")
-            if text is not None:
-                seen.setdefault(name, text.shape[-1])
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True)
-        for name, module in denoiser.named_modules()
-        if isinstance(module, Attention)
-    ]
-    try:
-        with torch.no_grad():
-            denoiser(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(TextLayer(i, name, width) for i, (name, width) in enumerate(seen.items()))

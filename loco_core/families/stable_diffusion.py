@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Model,
-    TextLayer,
-    TextStates,
-    checked_prompts,
-    config_key,
-    linear,
-    plain,
-    record_text_layers,
-)
+from .latent import LatentModel
+from .running import Run, config_key, plain, record
+from .text import TextLayer, TextStates, checked_prompts
 
 
-class StableDiffusion(Model):
+class StableDiffusion(LatentModel):
     """`diffusers.StableDiffusionPipeline` and its subclasses."""
 
     name = "stable-diffusion"
@@ -35,14 +28,12 @@ class StableDiffusion(Model):
 
         return isinstance(pipe, StableDiffusionPipeline)
 
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.pipe.unet
-
-    @property
-    def text_layers(self) -> tuple[TextLayer, ...]:
-        unet = plain(self.pipe.unet)
-        return _layers(unet.__class__, config_key(unet))
+    def run(self) -> Run:
+        unet = plain(self.denoiser)
+        # an IP-Adapter's image projection is no part of the architecture that the config can build
+        ours = unet.config.encoder_hid_dim_type == "ip_image_proj"
+        instead = {"encoder_hid_dim_type": None} if ours else {}
+        return _run(unet.__class__, config_key(unet, **instead))
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         prompts = checked_prompts(prompts)
@@ -53,25 +44,18 @@ class StableDiffusion(Model):
         return TextStates(embeds, self.tokenize(prompts))
 
     def kv(self, layer: TextLayer) -> dict[str, nn.Linear]:
-        module = self.attention(layer)
-        return {name: linear(module, layer, name) for name in ("to_k", "to_v")}
+        return {name: self.linear(layer, name) for name in ("to_k", "to_v")}
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        size = self.pipe.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.pipe.unet.config.in_channels, height, width
-
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
-        return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
+    def conditional_rows(self, rows: int, guidance: float) -> Tensor:
+        guided = guidance > 1 and self.denoiser.config.time_cond_proj_dim is None
+        return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)
 
     @property
     def text_encoders(self) -> dict[str, nn.ModuleList]:
         return dict([clip_layers(self.pipe, "text_encoder")])
 
-    def conditional_rows(self, rows: int, guidance: float) -> Tensor:
-        guided = guidance > 1 and self.pipe.unet.config.time_cond_proj_dim is None
-        return torch.arange(rows, 2 * rows) if guided else torch.arange(rows)
+    def _inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
+        return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
 
 
 def clip_layers(pipe: Any, component: str) -> tuple[str, nn.ModuleList]:
@@ -83,7 +67,7 @@ def clip_layers(pipe: Any, component: str) -> tuple[str, nn.ModuleList]:
 
 
 @lru_cache(maxsize=64)
-def _layers(unet_class: Any, key: str) -> tuple[TextLayer, ...]:
+def _run(unet_class: Any, key: str) -> Run:
     with torch.device("meta"):
         unet = unet_class.from_config(json.loads(key))
         config = unet.config
@@ -95,4 +79,4 @@ def _layers(unet_class: Any, key: str) -> tuple[TextLayer, ...]:
             sizes = 6 * config.addition_time_embed_dim
             pooled = torch.empty(1, config.projection_class_embeddings_input_dim - sizes)
             inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)}
-        return record_text_layers(unet, sample, torch.zeros(()), **inputs)
+        return record(unet, sample, torch.zeros(()), **inputs)

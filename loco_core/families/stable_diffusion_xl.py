@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import TextStates, checked_prompts
 from .stable_diffusion import StableDiffusion, clip_layers
+from .text import TextStates, checked_prompts
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -51,8 +51,8 @@ class StableDiffusionXL(StableDiffusion):
         zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
         return TextStates(zeros[0], empty.tokens, pooled=zeros[1])
 
-    def inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
-        return super().inputs(texts, negative) | {
+    def _inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
+        return super()._inputs(texts, negative) | {
             "pooled_prompt_embeds": texts.pooled,
             "negative_pooled_prompt_embeds": negative.pooled,
         }

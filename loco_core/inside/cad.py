@@ -24,9 +24,10 @@ from .. import records
 from .._progress import bar
 from ..concepts import Concept
 from ..edits.edit import Edit, make_edit
-from ..edits.weights import PLAIN, editable
+from ..edits.weights import editable
 from ..families import family_of
-from ..families.base import plain
+from ..families.checks import PLAIN
+from ..families.running import plain
 from ..painting.paint import check_settings, checked_seeds
 from . import objectives
 from .attribution import Attribution

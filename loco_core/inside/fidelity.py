@@ -16,7 +16,7 @@ from torch import Tensor
 from .._progress import bar
 from ..edits.weights import editable, fingerprint
 from ..families import family_of
-from ..families.base import plain
+from ..families.running import plain
 from ..statistics import pearson
 from . import objectives
 from .attribution import Attribution

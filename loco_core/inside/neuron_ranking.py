@@ -20,18 +20,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .. import records
-from ..closed_form.rows import gather, with_targets
+from ..closed_form.rows import gather
 from ..concepts import Concept
 from ..edits.weights import fingerprint, kind_of, linear_of, projections
 from ..families import Model, TextStates, family_of
+from ..families.tokens import checked_tokens, with_targets, words
 from .neurons import Neurons
 
 __all__ = ["rank_neurons", "welch_z"]
-
-#: Where activations are read: the last token of the subject (in the twin, of what stands in its
-#: place), the end of the text, the mean over the padding behind it, or the mean over all words and
-#: the end of the text.
-TOKENS = ("last", "eos", "padding", "all")
 
 
 @torch.no_grad()
@@ -73,8 +69,7 @@ def rank_neurons(
         raise TypeError(f"concept must be a loco.Concept, not {concept!r}: see loco.concepts")
     if isinstance(where, str) or not len(where) or not set(where) <= {"to_k", "to_v"}:
         raise ValueError(f"where={where!r} matches no projection: choose from ('to_k', 'to_v')")
-    if token not in TOKENS:
-        raise ValueError(f"unknown token {token!r}: choose one of {', '.join(TOKENS)}")
+    checked_tokens(token, "reading")
     if by not in ("z", "shift"):
         raise ValueError(f'by={by!r}: choose "z" or "shift"')
     if len(concept.prompts) < 2:
@@ -150,10 +145,9 @@ def _pooled(
     tokenizer: Any, prompts: Sequence[str], states: TextStates, token: str
 ) -> Float64[Tensor, "prompt width"]:
     """One text state per prompt, [prompt, width] float64: the mean over the tokens of `token`."""
-    first = int(states.tokens[0, 0] == tokenizer.bos_token_id)
     means = []
     for prompt, tokens, embeds in zip(prompts, states.tokens, states.embeds, strict=True):
-        end = first + int((tokens[first:] == tokenizer.eos_token_id).nonzero()[0])
+        first, end = words(tokenizer, tokens)
         span = {"eos": slice(end, end + 1), "padding": slice(end + 1, None)}
         chosen = embeds[span.get(token, slice(first, end + 1))]
         if not len(chosen):

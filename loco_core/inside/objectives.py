@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import family_of
-from ..families.base import plain
-from ..painting.paint import own_scheduler
+from ..families.running import plain
 
 __all__ = ["MEASURES", "OBJECTIVES", "Row", "Step", "gradients", "recorded", "value"]
 
@@ -107,8 +106,6 @@ def recorded(
     if not any(row.other for row in rows):
         held = model.unprompted(held)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    shape = model.latent_shape
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(texts.embeds)
     calls: list[tuple] = []
 
     def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -117,15 +114,7 @@ def recorded(
 
     handle = plain(model.denoiser).register_forward_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad(), own_scheduler(pipe):
-            final = pipe(
-                **model.inputs(texts, held),
-                latents=noise,
-                generator=generators,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent",
-            ).images
+        final = model.latents(texts, held, generators, steps=steps, guidance=guidance)
     finally:
         handle.remove()
     if not calls:
@@ -134,7 +123,8 @@ def recorded(
             "again and do not compile it"
         )
     if objective == "amplify":
-        clean = final if images is None else encoded(pipe, images)
+        clean = final if images is None else model.encoded(images)
+        shape = clean.shape[1:]
         fresh = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clean)
     rest = [row for row in range(guided) if row not in places.tolist()]
     weights = torch.tensor([row.weight for row in rows], dtype=torch.float64) / len(calls)
@@ -188,20 +178,6 @@ def gradients(
             total += J.item()
             tick()
     return total, sums
-
-
-def encoded(pipe: Any, images: Tensor) -> Tensor:
-    """Latents of images [n, 3, H, W] in [0, 1], as the denoiser knows them."""
-    vae = pipe.vae
-    with torch.no_grad():
-        found = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-    shape = family_of(pipe).latent_shape
-    if tuple(found.shape[1:]) != tuple(shape):
-        raise ValueError(
-            f"images of {list(images.shape[-2:])} pixels have latents {list(found.shape[1:])}, but "
-            f"this pipeline works on {list(shape)}: resize them"
-        )
-    return (found - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 def _rows(value: Any, places: Tensor, guided: int) -> Any:

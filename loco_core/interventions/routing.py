@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor, nn
 
 from ..families import TextStates, family_of
+from ..families.checks import refuse_compiled
 
 
 @contextmanager
@@ -127,13 +128,3 @@ def checked_map(
             f"but there are texts 0 to {texts - 1}"
         )
     return src.long()
-
-
-def refuse_compiled(denoiser: nn.Module) -> None:
-    """Hooks added after `torch.compile` are silently ignored: say so instead."""
-    for name, module in denoiser.named_modules():
-        if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
-            raise ValueError(
-                f"the denoiser is compiled ({name or type(module).__name__}) and would ignore the "
-                "hooks that route text: load the pipeline again and do not call torch.compile"
-            )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..concepts import Concept
 from ..families import TextStates, family_of
-from ..families.base import plain
+from ..families.running import plain
 from ..interventions.patching import added, copies, rewriting
 from ..interventions.routing import refuse_compiled
 from ..painting import paint as sampling

@@ -5,13 +5,10 @@ subclassed keeps working. Row by row the noise comes from a CPU generator of its
 not depend on the batch it was made in, nor on the device or the dtype its noise is used in.
 """
 
-import copy
 import dataclasses
-import logging
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,8 @@ from torch import Tensor
 from .. import records
 from .._progress import bar
 from ..families import Model, TextStates, family_of
-from ..families.base import checked_prompts
+from ..families.latent import own_scheduler
+from ..families.text import checked_prompts
 from ..interventions.routing import checked_map, routed
 
 
@@ -132,46 +130,18 @@ def sample_batch(
 ) -> Float32[Tensor, "row 3 height width"]:
     """One batch: rows[b] with seeds[b], where src[b] routes it to `texts`."""
     model = family_of(pipe)
-    shape = model.latent_shape
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-    def tick(pipe: Any, step: int, time: Any, state: dict) -> dict:
-        progress.update(min(1, progress.total - progress.n))
-        return state
-
     places = model.conditional_rows(len(seeds), guidance)
     routing = nullcontext() if src is None else routed(pipe, texts, src, places)
-    with routing, _quiet_decoder():
-        images = pipe(
-            **model.inputs(rows, negative[[0] * len(seeds)]),
-            latents=noise.to(texts.embeds),
-            generator=generators,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+    with routing:
+        return model.call(
+            rows,
+            negative,
+            seeds,
+            steps=steps,
+            guidance=guidance,
             eta=eta,
-            output_type="pt",
-            callback_on_step_end=tick,
-        ).images
-    return images.float().cpu()
-
-
-@contextmanager
-def _quiet_decoder() -> Iterator[None]:
-    """Without what diffusers says when SD-XL in float16 decodes in float32 and rounds back: that
-    its own method for it is deprecated, and that no module at all should have stayed as it was."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    logger.addFilter(_names_a_module)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
-            yield
-    finally:
-        logger.removeFilter(_names_a_module)
-
-
-def _names_a_module(record: logging.LogRecord) -> bool:
-    return "should be kept in float32: []" not in record.getMessage()
+            tick=lambda: progress.update(min(1, progress.total - progress.n)),
+        )
 
 
 def fitting_batch(pipe: Any, guidance: float = 7.5, most: int = 64) -> int:
@@ -208,22 +178,6 @@ def images_in(free: float, one: int, two: int, most: int) -> int:
     """
     further = max(two - one, 1)
     return max(1, min(most, 1 + int((free - one) // further)))
-
-
-@contextmanager
-def own_scheduler(pipe: Any) -> Iterator[None]:
-    """A copy of the scheduler to work with, and no bar of the pipeline's own."""
-    scheduler, bars = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
-    pipe.scheduler = copy.deepcopy(scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.scheduler = scheduler
-        if bars is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bars
 
 
 def checked_seeds(seeds: Iterable[int]) -> list[int]:
@@ -264,7 +218,7 @@ def _checked_pooled(model: Model, routes: Any, prompts: int, sources: int) -> Te
 def check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:
     """Raises ValueError for settings of a sampling that the pipeline cannot do."""
     most = pipe.scheduler.config.num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= most:
         raise ValueError(f"steps {steps!r} is not a whole number from 1 to {most}")
     if not isinstance(guidance, int | float) or not 0 <= guidance < math.inf:
         raise ValueError(f"guidance {guidance!r} is not a number from 0 on; 7.5 is usual")

@@ -12,7 +12,7 @@ import torch
 from ...closed_form.methods import locoedit
 from ...concepts import Concept
 from ...families import family_of
-from ...families.base import checked_prompts
+from ...families.text import checked_prompts
 from ...interventions.routing import checked_map
 from ...painting.paint import generate
 from ..widgets import labelled
