@@ -77,7 +77,7 @@ class LatentModel(Model):
             model.call(states[:1], states[1:], [0], steps=8, guidance=7.5).shape  # [1, 3, 64, 64]
         """
         size = _checked_size(self.pipe, size)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
         with self._sliced(len(rows), size), _quiet_decoder():
             made = self._sample(
                 rows, negative, generators, steps, guidance, eta, size, tick, output_type="pt"
@@ -162,7 +162,7 @@ class LatentModel(Model):
                 **pixels,
                 latents=noise.to(rows.embeds),
                 generator=list(generators),
-                num_inference_steps=steps,
+                num_inference_steps=int(steps),
                 guidance_scale=guidance,
                 eta=eta,
                 output_type=output_type,
