@@ -13,7 +13,16 @@ from torch import nn
 
 from .checks import whole_number
 
-__all__ = ["KINDS", "PARTS", "Site", "adjacent", "selected", "site_kind", "text_sites"]
+__all__ = [
+    "KINDS",
+    "PARTS",
+    "Site",
+    "adjacent",
+    "kind_around",
+    "selected",
+    "site_kind",
+    "text_sites",
+]
 
 KINDS = {
     "resnets": "ResNet",
@@ -90,6 +99,16 @@ def site_kind(name: str) -> str | None:
     ('ResNet', None)
     """
     found = re.search(r"(?:^|\.)(?:(resnets)\.\d+|(attn1|attn2|ff))$", name)
+    return KINDS[found[1] or found[2]] if found else None
+
+
+def kind_around(name: str) -> str | None:
+    """The kind of the site that the module `name` of a denoiser lies in; None: in none.
+
+    >>> kind_around("mid_block.resnets.1.conv1"), kind_around("mid_block.resnets.1")
+    ('ResNet', None)
+    """
+    found = re.search(r"(?:^|\.)(?:(resnets)\.\d+|(attn1|attn2|ff))\.", name)
     return KINDS[found[1] or found[2]] if found else None
 
 

@@ -12,7 +12,6 @@ order only; `fidelity` measures how far that is true.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +27,7 @@ from ..edits.weights import editable
 from ..families import family_of
 from ..families.checks import PLAIN
 from ..families.running import plain
+from ..families.sites import kind_around
 from ..painting.paint import check_settings, checked_seeds
 from . import objectives
 from .attribution import Attribution
@@ -35,12 +35,12 @@ from .attribution import Attribution
 __all__ = ["attribute", "erase_in_rounds"]
 
 AGAINST = ("empty", "neutral")
-#: Sets of weights of a denoiser, by the module that holds them and its path.
-WHERE: dict[str, tuple[Any, str]] = {
-    "ff": (nn.Linear, r"\.ff\."),
-    "attention": (nn.Linear, r"\.attn\d\."),
-    "cross-attention": (nn.Linear, r"\.attn2\."),
-    "conv": (PLAIN[1:], r""),
+#: Sets of weights of a denoiser: the modules that hold them, and the kinds of sites those lie in.
+WHERE: dict[str, tuple[Any, tuple[str, ...] | None]] = {
+    "ff": (nn.Linear, ("feed-forward",)),
+    "attention": (nn.Linear, ("self-attention", "cross-attention")),
+    "cross-attention": (nn.Linear, ("cross-attention",)),
+    "conv": (PLAIN[1:], None),
 }
 
 
@@ -169,15 +169,14 @@ def scored(
 ) -> dict[str, nn.Parameter]:
     """Weight name -> parameter of the selection; refuses one that matches nothing."""
     model = family_of(pipe)
-    denoiser = model.denoiser
-    (component,) = (name for name, part in pipe.components.items() if part is denoiser)
+    denoiser, component = model.denoiser, model.component
     names = [] if isinstance(where, str) else list(where)
     if isinstance(where, str) and where in WHERE:
-        kinds, path = WHERE[where]
+        holders, kinds = WHERE[where]
         names = [
             f"{component}.{name}.weight"
             for name, module in plain(denoiser).named_modules()
-            if isinstance(module, kinds) and re.search(path, name)
+            if isinstance(module, holders) and (kinds is None or kind_around(name) in kinds)
         ]
     if layers is not None:
         known = model.text_layers
