@@ -44,7 +44,7 @@ def atomic_write(path: str | Path, data: bytes | Iterable[bytes]) -> None:
         atomic_write("results/scores.json", b"{}")
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}")
+    temporary = target.with_name(f".{target.name[-40:]}.{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -64,9 +64,10 @@ def atomic_write(path: str | Path, data: bytes | Iterable[bytes]) -> None:
             os.unlink(temporary)
 
 
-def mark(folder: str | Path) -> None:
-    """Mark a folder as one that we work in, and may delete."""
-    (Path(folder) / MARK).touch()
+def mark(folder: str | Path, what: str = "") -> None:
+    """Make a folder, if it is not there, and mark it as one that we may delete. what: it is for."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / MARK).write_text(what, encoding="utf-8")
 
 
 def is_ours(folder: str | Path) -> bool:

@@ -1,27 +1,33 @@
 """How a result knows where it came from, and how it is saved, loaded and compared.
 
-A record on disk is a folder with `<kind>.json` (what a person reads) and `<kind>.safetensors` (the
-numbers). The JSON holds the SHA-256 of the other file, so that a damaged or mixed-up record is
-refused. Files appear whole or not at all.
+A result is a frozen dataclass: of numbers, strings, tensors, pictures, and tuples, mappings and
+dataclasses of such. On disk it is one file, `<kind>.safetensors`, under a seal (`record_file`).
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
-import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._version import __version__
+from .codec import decoded, encoded, is_stack
+from .digests import digest, fingerprint, weights
+from .files import atomic_write
+from .record_file import Stack, read_sealed, write_sealed
+
+__all__ = ["Provenance", "Source", "Stack", "digest", "fingerprint", "load", "model_name",
+           "provenance", "remember", "revision", "same", "save", "source_of", "versions",
+           "weights"]  # fmt: skip
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -111,127 +117,95 @@ def versions() -> dict[str, str]:
     return {"loco_core": __version__, **found}
 
 
-def weights(owner: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter and buffer of a network, or of all networks of a pipeline.
+#: Number of the way in which the fields of a result are written.
+FORMAT = 1
 
-    Tensors stay where they are; those that accelerate keeps elsewhere are read one by one.
-    Raises ValueError for one that is nowhere.
+T = TypeVar("T")
+#: What a damaged file ends in, before it is called one.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+
+
+def save(result: Any, folder: str | Path, kind: str) -> None:
+    """Write a result, a frozen dataclass, to `<folder>/<kind>.safetensors`, whole or not at all.
+
+    Its fields may be None, numbers, strings, tensors, dataclasses, tuples, lists, mappings with
+    strings as keys, and pictures that come one by one: whatever has shape and dtype (uint8) and
+    iterates over tensors [3, H, W], the leading axes flattened in order. Those are never held all
+    at once. Raises TypeError for anything else and OSError as `files.atomic_write`.
+
+        records.save(found, "results", "localization")
     """
-    if not isinstance(owner, nn.Module):
-        for component, part in owner.components.items():
-            if isinstance(part, nn.Module):
-                yield from ((f"{component}.{name}", x) for name, x in weights(part))
-        return
-    for path, module in owner.named_modules():
-        own = (*module.named_parameters("", False), *module.named_buffers("", False))
-        for name, x in own:
-            full = f"{path}.{name}" if path else name
-            yield full, _offloaded(module, full, name) if x.device.type == "meta" else x
+    values: dict[str, Any] = {}
+    header = {"format": FORMAT, "kind": kind, "record": encoded(result, values)}
+    path = Path(folder) / f"{kind}.safetensors"
+    write_sealed(path, header, values)
+    text = path.with_suffix(".json")
+    with suppress(OSError, *_DAMAGE):  # the other half of a record of 0.3
+        if json.loads(text.read_text(encoding="utf-8"))["kind"] == kind:
+            text.unlink()
 
 
-def _offloaded(module: nn.Module, full: str, name: str) -> Tensor:
-    """A tensor that accelerate put aside, from the map of the module's hook."""
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        kept = getattr(one, "weights_map", None)
-        if kept is not None:
-            return kept[name]
-    raise ValueError(
-        f"{full} is on the meta device and has no values: load the weights before they are read"
-    )
+def load(
+    cls: type[T],
+    folder: str | Path,
+    kind: str,
+    older: Callable[[dict[str, Any], dict[str, Tensor]], T] | None = None,
+) -> T:
+    """What `save` wrote, equal to what was saved, on the CPU; pictures as a `Stack`.
 
+    cls: the dataclass, by whose type hints the file is read. older: makes one of the header and the
+    tensors of a record of 0.3, which had two files.
+    Raises FileNotFoundError if nothing is saved there and ValueError if it is damaged.
 
-#: Entries that are rounded and hashed at a time: what stays in a cache of the processor.
-CHUNK = 1 << 18
-
-
-@torch.no_grad()
-def digest(named: nn.Module | Iterable[tuple[str, Tensor]], exact: bool = False) -> str:
-    """SHA-256 (hex) of weights: of the name, shape and bytes of every tensor, in order of names.
-
-    named: a network, or (name, tensor) pairs in any order, which may be made one by one, as
-    `weights` does. exact=True takes dtypes and bytes as they are. exact=False first rounds
-    floating point to float16: the same for a model loaded in float16, float32 or float64.
-    bfloat16 has fewer bits than float16, so a model loaded in it has a digest of its own, the same
-    again when it is widened. Integers and booleans are never rounded. Devices do not matter.
-    Raises ValueError for a name given twice and for a tensor without values.
-
-    records.digest(pipe.unet, exact=True)
+        found = records.load(Localization, "results", "localization")
     """
-    pairs = weights(named) if isinstance(named, nn.Module) else named
-    found: dict[str, str] = {}
-    for name, x in pairs:
-        if name in found:
-            raise ValueError(f"two tensors are named {name!r}: every weight needs its own name")
-        found[name] = _digest(name, x.detach(), rounded=not exact and x.is_floating_point())
-    return hashlib.sha256("\n".join(found[name] for name in sorted(found)).encode()).hexdigest()
-
-
-def _digest(name: str, x: Tensor, rounded: bool) -> str:
-    if x.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device and has no values: pass records.weights")
-    kind = "rounded to float16" if rounded else str(x.dtype)
-    found = hashlib.sha256(json.dumps([name, kind, list(x.shape)]).encode())
-    for piece in x.contiguous().view(-1).split(CHUNK):
-        if rounded:
-            piece = piece.to(torch.float16)
-        found.update(piece.cpu().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def fingerprint(named: nn.Module | Iterable[tuple[str, Tensor]]) -> str:
-    """16 hex digits that tell one set of weights from another: the start of `digest`.
-
-    The same whether the model was loaded in float16, float32 or float64, on a CPU or a GPU.
-    """
-    return digest(named)[:16]
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all; missing folders are made.
-
-    Raises OSError naming `path` if the disk is full or read-only; what was there before stays.
-    """
-    _write_all({Path(path): data})
-
-
-def _write_all(files: Mapping[Path, bytes]) -> None:
-    """Write several files next to their final names, then put all of them in place."""
-    ready: dict[Path, str] = {}
+    path = Path(folder) / f"{kind}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} is saved in {folder}: {path.name} is missing")
     try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, ready[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in ready.items():
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot save {path}: {error.strerror}; nothing was written, free the disk or name "
-            "another folder",
-        ) from error
-    finally:
-        for temporary in ready.values():
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        found = read_sealed(path)
+        if found is not None:
+            return _decoded_whole(cls, kind, *found)
+        if older is not None:
+            return older(*_two_files(path))
+        raise ValueError("it has no header of loco")
+    except _DAMAGE as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is damaged ({reason}): make the {kind} again") from None
+
+
+def _two_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors) of a record of 0.3: the header, in JSON, holds the hash of the other."""
+    from safetensors.torch import load
+
+    text, blob = path.with_suffix(".json"), path.read_bytes()
+    if not text.is_file():
+        raise ValueError(f"{text.name} is missing")
+    header = json.loads(text.read_text(encoding="utf-8"))
+    if header["sha256"] != hashlib.sha256(blob).hexdigest():
+        raise ValueError(f"it is not the file that {text.name} was saved with")
+    return header, load(blob)
+
+
+def _decoded_whole(cls: type[T], kind: str, header: dict[str, Any], values: dict[str, Any]) -> T:
+    if header["format"] != FORMAT:
+        raise ValueError(f"format {header['format']!r}, of which this version knows {FORMAT} alone")
+    if header["kind"] != kind:
+        raise ValueError(f"it holds a {header['kind']}")
+    return decoded(cls, header["record"], values)
 
 
 def save_record(
     folder: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write `<kind>.json` (header: JSON values) and `<kind>.safetensors`, whole or not at all."""
+    """Write a record as 0.3 did: `<kind>.json` and `<kind>.safetensors`."""
     from safetensors.torch import save
 
     blob = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()})
     full = {"kind": kind, "sha256": hashlib.sha256(blob).hexdigest(), **header}
     text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    folder = Path(folder)
-    _write_all({folder / f"{kind}.safetensors": blob, folder / f"{kind}.json": text.encode()})
+    atomic_write(Path(folder) / f"{kind}.safetensors", blob)
+    atomic_write(Path(folder) / f"{kind}.json", text.encode())
 
 
 def load_record(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -315,7 +289,13 @@ class Parts:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality that reaches into dataclasses, dicts and lists and compares tensors exactly."""
+    """Equality that reaches into dataclasses, mappings and lists; tensors are compared exactly.
+
+    Pictures that come one by one are compared one by one, whatever holds them. Fields with
+    compare=False are left out.
+    """
+    if is_stack(a) and is_stack(b):
+        return tuple(a.shape) == tuple(b.shape) and all(map(same, a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return (
             isinstance(a, Tensor)
@@ -327,7 +307,8 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if dataclasses.is_dataclass(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+        names = [f.name for f in dataclasses.fields(a) if f.compare]
+        return all(same(getattr(a, name), getattr(b, name)) for name in names)
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):

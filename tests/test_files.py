@@ -439,6 +439,6 @@ def test_only_a_marked_folder_is_removed_and_links_in_it_are_not_followed(tmp_pa
     (tmp_path / "work" / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match="left alone"):
         remove_ours(tmp_path / "work")
-    files.mark(tmp_path / "work")
+    files.mark(tmp_path / "work", "a test")
     remove_ours(tmp_path / "work")
     assert tree(tmp_path) == {"mine": None, "mine/thesis": b"years"}

@@ -34,7 +34,10 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "world": ("Worlds", ("worlds",)),
     "study": ("Study", ("studies",)),
     "show": ("Show it", ("display",)),
-    "keep": ("Files, results and progress", ("files", "records", "_progress")),
+    "keep": (
+        "Files, results and progress",
+        ("files", "records", "record_file", "codec", "digests", "_progress"),
+    ),
 }
 INTRODUCTION = """\
 After `import loco_core as loco` every name below is there. The pages that follow stand in the order

@@ -99,38 +99,16 @@ class Attribution:
         return frame.sort_values("layer", kind="stable").set_index("weight")
 
     def save(self, folder: str | Path) -> None:
-        """Write `attribution.json` and `attribution.safetensors`, whole or not at all.
+        """Write `attribution.safetensors`, whole or not at all.
 
         Two numbers an entry: `Edit.save` of what `erase` makes is a thousandth of it.
         """
-        tensors = {f"alpha.{name}": scores for name, scores in self.alpha.items()}
-        tensors |= {f"weight.{name}": weight for name, weight in self.weights.items()}
-        header = {
-            "concept": asdict(self.concept),
-            "names": list(self.alpha),
-            "J": self.J,
-            "layer_names": list(self.layer_names),
-            "provenance": asdict(self.provenance),
-        }
-        records.save_record(folder, "attribution", header, tensors)
+        records.save(self, folder, "attribution")
 
     @classmethod
     def load(cls, folder: str | Path) -> Attribution:
-        """What `save` wrote, equal to what was saved; refuses a damaged folder."""
-        header, tensors = records.load_record(folder, "attribution")
-        try:
-            return cls(
-                concept=Concept(**header["concept"]),
-                alpha={name: tensors[f"alpha.{name}"] for name in header["names"]},
-                weights={name: tensors[f"weight.{name}"] for name in header["names"]},
-                J=header["J"],
-                layer_names=tuple(header["layer_names"]),
-                provenance=records.Provenance(**header["provenance"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"the attribution in {folder} is damaged ({error!r}): make it again"
-            ) from None
+        """What `save` wrote, equal to what was saved; refuses a damaged file."""
+        return records.load(cls, folder, "attribution", older=_of_two_files)
 
     def _zeroed(
         self, method: str, sign: float, ratio: float, by: str, quota: str, seed: int
@@ -183,6 +161,18 @@ class Attribution:
         path = name.partition(".")[2]
         blocks = [layer.rpartition(".")[0] + "." for layer in self.layer_names]
         return next((i for i, block in enumerate(blocks) if path.startswith(block)), -1)
+
+
+def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Attribution:
+    """From a record of 0.3."""
+    return Attribution(
+        concept=Concept(**header["concept"]),
+        alpha={name: tensors[f"alpha.{name}"] for name in header["names"]},
+        weights={name: tensors[f"weight.{name}"] for name in header["names"]},
+        J=header["J"],
+        layer_names=tuple(header["layer_names"]),
+        provenance=records.Provenance(**header["provenance"]),
+    )
 
 
 def _top(ranked: Mapping[str, Tensor], ratio: float, quota: str) -> dict[str, Tensor]:

@@ -156,34 +156,13 @@ class Neurons:
         return frame.iloc[self.order.tolist()].reset_index(drop=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write `neurons.json` and `neurons.safetensors`, whole or not at all."""
-        header: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                tensors[field.name] = value
-            else:
-                is_record = dataclasses.is_dataclass(value)
-                header[field.name] = asdict(value) if is_record else value
-        records.save_record(folder, "neurons", header, tensors)
+        """Write `neurons.safetensors`, whole or not at all."""
+        records.save(self, folder, "neurons")
 
     @classmethod
     def load(cls, folder: str | Path) -> Neurons:
-        """What `save` wrote, equal to what was saved; refuses a damaged folder."""
-        header, tensors = records.load_record(folder, "neurons")
-        try:
-            listed = {n: tuple(header[n]) for n in ("weights", "layers", "sizes", "originals")}
-            fields: dict[str, Any] = {**listed, **tensors}
-            return cls(
-                concept=Concept(**header["concept"]),
-                provenance=records.Provenance(**header["provenance"]),
-                **fields,
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"the neurons in {folder} are damaged ({error!r}): rank them again"
-            ) from None
+        """What `save` wrote, equal to what was saved; refuses a damaged file."""
+        return records.load(cls, folder, "neurons", older=_of_two_files)
 
     def _rows(self, top: int) -> dict[str, Tensor]:
         """Weight name -> sorted rows among the `top` first neurons, if there are any."""
@@ -205,6 +184,14 @@ class Neurons:
                     "revert edits of it, or rank its neurons again"
                 )
         return modules
+
+
+def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Neurons:
+    """From a record of 0.3."""
+    listed = {n: tuple(header[n]) for n in ("weights", "layers", "sizes", "originals")}
+    fields: dict[str, Any] = {**listed, **tensors}
+    concept, made = Concept(**header["concept"]), records.Provenance(**header["provenance"])
+    return Neurons(concept=concept, provenance=made, **fields)
 
 
 def ablation_curve(
