@@ -36,10 +36,10 @@ FILES = {
     "localize": ("localization.json", "localization.safetensors", "scores.png", "images.png"),
     "edit": ("edit.safetensors",),
     "generate": ("images.png", *(f"images/000-seed-{seed}.png" for seed in range(4))),
-    "evaluate": ("evaluation.json", "evaluation.safetensors", "images.png"),
+    "evaluate": ("evaluation.safetensors", "images.png"),
     "lora": ("lora.safetensors",),
     "trace": ("causal_trace.json", "causal_trace.safetensors", "effects.png"),
-    "neurons": ("neurons.json", "neurons.safetensors", "images.png"),
+    "neurons": ("neurons.safetensors", "images.png"),
     "attribute": ("edit.safetensors",),
 }
 PROMPT = "a blue boat in the style of Mira Holt"
