@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 
 import pytest
@@ -328,10 +327,9 @@ def test_an_evaluation_is_the_same_after_a_round_trip(found, tmp_path):
     again = loco.Evaluation.load(tmp_path)
     assert again == found and again.to_frame().equals(found.to_frame())
     assert again != dataclasses.replace(found, outcomes=found.outcomes + 1)
-    record = json.loads((tmp_path / "evaluation.json").read_text())
-    del record["probes"]
-    (tmp_path / "evaluation.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="is damaged.*make it again"):
+    path = tmp_path / "evaluation.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"efficacy", b"efficasy"))
+    with pytest.raises(ValueError, match="is damaged.*make the evaluation again"):
         loco.Evaluation.load(tmp_path)
 
 

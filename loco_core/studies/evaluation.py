@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,38 +109,30 @@ class Evaluation:
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("edit")
 
     def save(self, folder: str | Path) -> None:
-        """Write `evaluation.json` and `evaluation.safetensors`, whole or not at all."""
-        header: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {
-            "outcomes": header.pop("outcomes"),
-            "images": (header.pop("images") * 255).round().to(torch.uint8),
-        }
-        nested = [name for name, value in header.items() if is_dataclass(value)]
-        header |= {name: asdict(header[name]) for name in nested}
-        header["probes"] = [asdict(probe) for probe in self.probes]
-        records.save_record(folder, "evaluation", header, tensors)
+        """Write `evaluation.safetensors`, whole or not at all."""
+        images = (self.images * 255).round().to(torch.uint8)
+        records.save(replace(self, images=images), folder, "evaluation")
 
     @classmethod
     def load(cls, folder: str | Path) -> Evaluation:
-        """What `save` wrote, equal to what was saved; refuses a damaged folder."""
-        header, tensors = records.load_record(folder, "evaluation")
-        try:
-            return cls(
-                concept=Concept(**header["concept"]),
-                edits=tuple(header["edits"]),
-                probes=tuple(Probe(**probe) for probe in header["probes"]),
-                judged=header["judged"],
-                outcomes=tensors["outcomes"],
-                images=tensors["images"].float() / 255,
-                provenance=records.Provenance(**header["provenance"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the evaluation in {folder} is damaged ({error!r}): make it again"
-            ) from None
+        """What `save` wrote, equal to what was saved; refuses a damaged file."""
+        found = records.load(cls, folder, "evaluation", older=_of_two_files)
+        return replace(found, images=found.images.float() / 255)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Evaluation) and records.same(self, other)
+
+
+def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Evaluation:
+    """From a record of 0.3."""
+    return Evaluation(
+        concept=Concept(**header["concept"]),
+        edits=tuple(header["edits"]),
+        probes=tuple(Probe(**probe) for probe in header["probes"]),
+        judged=header["judged"],
+        provenance=records.Provenance(**header["provenance"]),
+        **tensors,
+    )
 
 
 def _by_prompt(found: Evaluation, outcomes: Tensor, chosen: list[int]) -> Tensor:
