@@ -12,7 +12,7 @@ import loco_core as loco
 from loco_core import records
 from loco_core.judging.clip_score import Clip
 from loco_core.painting import paint as sampling
-from loco_core.statistics import bootstrap, units
+from loco_core.statistics import t_interval, units
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a house by Van Gogh", "a tree by Van Gogh"], ["a house", "a tree"],
@@ -156,19 +156,11 @@ def test_a_fact_is_where_the_image_follows_the_update_most():
     assert follows.layers == (14, 15) and [best for _, best in follows.tried] == [0, 1]
 
 
-def test_the_interval_is_the_percentile_bootstrap_of_the_mean():
-    samples = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).double()
-    pick = torch.randint(12, (2000, 12), generator=torch.Generator().manual_seed(0))
-    for row, (low, high) in zip(samples, bootstrap(samples).tolist(), strict=True):
-        means = sorted(sum(row[i].item() for i in draw) / 12 for draw in pick)
-        assert means[48] <= low <= means[51] and means[1948] <= high <= means[1951]
-
-
 def test_the_interval_is_over_prompts_and_of_a_single_prompt_over_its_seeds():
     samples = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]]])  # [window, prompt, seed]
     assert units(samples).tolist() == [[0.5, 0.5, 1.0]]
     assert units(samples[:, 2:]).tolist() == [[1.0, 1.0]]
-    assert bootstrap(units(samples[..., :1])[:, :1]).isnan().all()  # one picture
+    assert t_interval(units(samples[..., :1])[:, :1]).isnan().all()  # one picture
 
 
 def test_a_localization_comes_back_equal_and_unlike_another(found, tmp_path):

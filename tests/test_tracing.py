@@ -26,7 +26,7 @@ from loco_core.localization.sites import (
 )
 from loco_core.localization.tracing import threshold_from
 from loco_core.painting import paint as sampling
-from loco_core.statistics import bootstrap
+from loco_core.statistics import t_interval
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a red house by Van Gogh on a tree", "a tree by Van Gogh"],
@@ -399,7 +399,7 @@ def test_the_effect_is_the_mean_of_restored_minus_corrupted(tiny_sd, traced, cli
         assert traced.effects[j].item() == pytest.approx(sum(each) / 8), site
         assert traced.scores[j].item() == pytest.approx(traced.restored[j].mean().item())
     by_prompt = traced.samples.mean((2, 3))
-    assert torch.equal(traced.interval, bootstrap(by_prompt))
+    assert torch.allclose(traced.interval, t_interval(by_prompt), rtol=1e-12)
     assert (traced.low <= traced.effects + 1e-12).all() and (
         traced.effects <= traced.high + 1e-12
     ).all()

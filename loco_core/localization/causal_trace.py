@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from ..statistics import bootstrap, units
+from ..statistics import t_interval, units
 from .sites import Site
 
 
@@ -56,10 +56,10 @@ class CausalTrace:
 
     @property
     def interval(self) -> Tensor:
-        """95 % bootstrap interval of each effect over prompts (draws of the noise and seeds are
+        """95 % interval (Student's t) of each effect over prompts (draws of the noise and seeds are
         averaged), of a single prompt over its seeds: [site, 2] float64 (low, high); NaN for a
         single picture."""
-        return bootstrap(units(self.samples.mean(2)))
+        return t_interval(units(self.samples.mean(2)))
 
     @property
     def low(self) -> Tensor:

@@ -29,7 +29,7 @@ from ..families import Model, family_of
 from ..interventions.routing import windows
 from ..judging.clip_score import clip_for, clip_score
 from ..painting.paint import checked_seeds, generate
-from ..statistics import bootstrap, units
+from ..statistics import t_interval, units
 
 Score = Callable[[Tensor, list[str]], Tensor]
 
@@ -77,9 +77,9 @@ class Localization:
 
     @property
     def interval(self) -> Tensor:
-        """95 % bootstrap interval of each mean over prompts, of a single prompt over its seeds:
+        """95 % interval (Student's t) of each mean over prompts, of a single prompt over its seeds:
         [window, 2] float64 (low, high); NaN for a single picture."""
-        return bootstrap(units(self.samples))
+        return t_interval(units(self.samples))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -233,7 +233,7 @@ def _best(means: Tensor, kind: str) -> Tensor:
 def _removed(best: float, neutral: Scored, kind: str, threshold: float | None) -> bool:
     """Whether the best window does what replacing the text everywhere does."""
     floor = units(neutral.scores)
-    low, high = bootstrap(floor).tolist() if len(floor) > 1 else floor.tolist() * 2
+    low, high = t_interval(floor).tolist() if len(floor) > 1 else floor.tolist() * 2
     if kind == "fact":
         return best >= (low if threshold is None else threshold)
     return best <= (high if threshold is None else threshold)

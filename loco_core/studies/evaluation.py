@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import records
 from ..concepts import Concept
 from ..judging.probes import ASPECTS, Probe
-from ..statistics import bootstrap, paired_shares, wilson
+from ..statistics import paired_shares, t_interval, wilson
 
 UNEDITED = "no edit"
 SEEN, CLIP = "share seen", "CLIP-Score"
@@ -145,13 +145,13 @@ def _by_prompt(found: Evaluation, outcomes: Tensor, chosen: list[int]) -> Tensor
 
 def _interval(values: Tensor, shares: bool) -> tuple[float, float]:
     # a mean of shares may overshoot 1 by a rounding
-    return wilson(values.mean().clamp(0, 1).item(), len(values)) if shares else _resampled(values)
+    return wilson(values.mean().clamp(0, 1).item(), len(values)) if shares else _student(values)
 
 
 def _change(differences: Tensor, shares: bool) -> tuple[float, float]:
-    return paired_shares(differences) if shares else _resampled(differences)
+    return paired_shares(differences) if shares else _student(differences)
 
 
-def _resampled(values: Tensor) -> tuple[float, float]:
-    low, high = bootstrap(values).tolist()
+def _student(values: Tensor) -> tuple[float, float]:
+    low, high = t_interval(values).tolist()
     return low, high
