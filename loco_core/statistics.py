@@ -1,13 +1,13 @@
 """Every interval and every decision: Student's t, shares, correlation, and max-T by sign flips.
 
 Several images of one prompt are not independent: what an edit does to one it mostly does to all.
-So the unit is the prompt. Its images are averaged first, and the interval is that of `n` averages:
-it says what other prompts would give, with the seeds that were used.
+So the unit is the prompt: its images are averaged, and the interval is that of `n` averages. It
+says what other prompts would give, with the seeds that were used.
 
-A localisation asks two questions of many items (windows, sites) at once: does any item do anything
-at all, and by how much does the best one. The item with the largest of many means was picked for
-being large, so its own interval promises too much. `max_t` answers both without that: a test of the
-maximum, and the effect of the pick among units that had no say in it.
+A localisation asks two questions of many items (windows, sites) at once: does any of them do
+anything, and how much does the best one do. The largest of many means was picked for being large,
+so its own interval promises too much. `max_t` answers with a test of the maximum, and with the
+effect of the pick among units that had no say in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 EXACT = 12  # units up to which all sign flips are tried
 DRAWN = 4096  # flips for more units: the identity and 4,095 drawn ones
 ENOUGH = 6  # prompts from which on the prompt is the unit of a test
-
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -51,11 +50,8 @@ def t_quantile(df: int, level: float = 0.95) -> float:
     for _ in range(64):
         a = (low + high) / 2
         series = float((weights * math.cos(a) ** powers).sum())
-        inside = (
-            (a + math.sin(a) * math.cos(a) * series) * 2 / math.pi
-            if odd
-            else (math.sin(a) * series)
-        )
+        part = math.sin(a) * series
+        inside = (a + math.cos(a) * part) * 2 / math.pi if odd else part
         low, high = (a, high) if inside < level else (low, a)
     return math.tan(low) * math.sqrt(df)
 
@@ -68,7 +64,6 @@ def t_interval(values: Tensor) -> Tensor:
     (Student 1908): exact for normal numbers at every n, and close to it for numbers that are not
     strongly skewed. One number tells nothing of others: NaN for n < 2.
 
-    >>> import torch
     >>> t_interval(torch.tensor([27.0, 29.0, 28.0])).round(decimals=2).tolist()
     [25.52, 30.48]
     """
@@ -80,60 +75,79 @@ def t_interval(values: Tensor) -> Tensor:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share in [0, 1], the mean over n prompts: (low, high).
+    """95 % interval of a share in [0, 1], the mean over n prompts: (low, high).
 
-        (p + z^2/2n  +-  z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)
+        W(p, n) = (p + z^2/2n  +-  z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)
+        low  = lower end of W(p - 1/2n, n),      high = upper end of W(p + 1/2n, n)
 
-    (Wilson 1927), as if each prompt were one coin toss. An average over the images of a prompt
-    varies at most as much as a toss, Var <= p (1-p), so the interval errs on the long side; and it
-    stays open when all prompts agree.
+    Wilson's score interval (1927) with the correction for continuity (Newcombe 1998, method 4), as
+    if each prompt were one coin toss. Without the correction it covers as little as 82 to 85 % of
+    shares near 0 or 1, where good edits lie; with it at least 94.9 % (n = 2 to 100). A mean over
+    the images of a prompt varies at most as much as a toss, Var <= p (1-p): it covers more.
+    Raises ValueError on a share outside [0, 1], and on less than one prompt.
 
-        wilson(1.0, 10)  # (0.722, 1.0)
+    >>> low, high = wilson(1.0, 10)
+    >>> round(low, 3), high
+    (0.655, 1.0)
     """
     if n < 1 or not 0 <= share <= 1:
         raise ValueError(f"share {share!r} of {n!r} prompts: pass a mean in [0, 1] and n >= 1")
-    middle = share + Z**2 / (2 * n)
-    reach = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
-    low, high = ((middle + sign * reach) / (1 + Z**2 / n) for sign in (-1, 1))
-    return low if share > 0 else 0.0, high if share < 1 else 1.0  # which rounding may miss
+    ends = []
+    for sign in (-1, 1):
+        p = min(max(share + sign / (2 * n), 0.0), 1.0)
+        reach = Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
+        end = (p + Z**2 / (2 * n) + sign * reach) / (1 + Z**2 / n)
+        ends.append(end if 0 < p < 1 else p)  # 0 or 1, which rounding may miss
+    return ends[0], ends[1]
 
 
 def paired_shares(differences: Tensor) -> tuple[float, float]:
-    """The interval of the mean difference of two shares on the same prompts: (low, high).
+    """95 % interval of the mean difference of two shares on the same prompts: (low, high).
 
-    differences: [n] in [-1, 1], after minus before, one per prompt. Bonett and Price (2012): Wald's
-    interval after one prompt that gained and one that lost are added, so that it stays open when
-    all prompts change alike, or none does.
+        t_interval of  d_1 ... d_n, 1, -1,      cut to [-1, 1]
 
-        paired_shares(torch.zeros(10))  # (-0.231, 0.231)
+    differences: [n] in [-1, 1], after minus before, one per prompt. One prompt that gained and one
+    that lost are added (Bonett and Price 2012), so that it stays open when all prompts change
+    alike, or none does. They take the normal quantile and divide the variance by n + 2; that covers
+    87 to 93 % in the worst worlds of n = 2 to 20, Student's t at least 93.7 % in all.
+    Raises ValueError on anything but one number in [-1, 1] per prompt.
+
+    >>> low, high = paired_shares(torch.zeros(10))
+    >>> round(low, 3), round(high, 3)
+    (-0.271, 0.271)
     """
     d = differences.double()
     if d.ndim != 1 or not len(d) or not bool((d.abs() <= 1).all()):
         raise ValueError(f"differences {d.tolist()}: pass one number in [-1, 1] per prompt")
-    d = torch.cat([d, d.new_tensor([1.0, -1.0])])
-    mean, reach = d.mean().item(), Z * math.sqrt(d.var(correction=0).item() / len(d))
-    return max(mean - reach, -1.0), min(mean + reach, 1.0)
+    low, high = t_interval(torch.cat([d, d.new_tensor([1.0, -1.0])])).clamp(-1, 1).tolist()
+    return low, high
 
 
 def pearson(x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """(r, low, high): Pearson's correlation of [n], n >= 4, with Fisher's 95 % interval.
+    """(r, low, high): Pearson's correlation of [n], n >= 4, with Fisher's (1921) 95 % interval.
 
         tanh( artanh r  +-  z / sqrt(n - 3) )
 
-    >>> import torch
+    NaN if x or y is constant. Raises ValueError unless both are [n] with n >= 4.
+
     >>> pearson(torch.arange(5.0), torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0]))[0] > 0.98
     True
     """
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 4:
+        raise ValueError(
+            f"x {tuple(x.shape)} and y {tuple(y.shape)}: pass two of one length, of at least 4"
+        )
     r = torch.corrcoef(torch.stack([x, y]).double())[0, 1].clamp(-1, 1).item()
+    if math.isnan(r):
+        return r, r, r
     reach = Z / math.sqrt(len(x) - 3)
     middle = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, r)))
     return r, math.tanh(middle - reach), math.tanh(middle + reach)
 
 
 def units(samples: Tensor) -> Tensor:
-    """The independent numbers among samples [..., prompt, seed]: [..., n], one per prompt, its
-    seeds averaged. Of a single prompt the seeds are the numbers, and say nothing of other prompts.
-    """
+    """The numbers of an interval, [..., n], of samples [..., prompt, seed]: one per prompt, its
+    seeds averaged. Of a single prompt the seeds are the numbers, and say nothing of others."""
     return samples.mean(-1) if samples.shape[-2] > 1 else samples.flatten(-2)
 
 
@@ -145,7 +159,6 @@ def units_of(samples: Tensor) -> tuple[Tensor, str]:
     picture, a "picture" = prompt x seed: the test then speaks of other seeds of these very prompts
     and says nothing of other prompts.
 
-    >>> import torch
     >>> [(tuple(x.shape), u) for x, u in map(units_of, (torch.zeros(6, 2), torch.zeros(4, 2)))]
     [((6,), 'prompt'), ((8,), 'picture')]
     """
@@ -158,11 +171,11 @@ def units_of(samples: Tensor) -> tuple[Tensor, str]:
 class MaxT:
     """What `max_t` found among items, on the CPU.
 
-    effects: mean difference of each item over units, [item] float64. p: of each item, adjusted for
-    all of them, [item] float64. best: the item with the largest effect. margin: (value, low, high),
-    the best item minus the second best, and held_back: (value, low, high), the effect of the best
-    item; both from units that did not choose the items, with Student's 95 % interval, NaN where
-    there is no other item or unit. unit: what was flipped. n: how many units. level: of the test.
+    effects: mean difference of each item, [item] float64. p: of each item, adjusted for all, [item]
+    float64. best: the item with the largest effect. margin: (value, low, high), the best item minus
+    the second best, and held_back: (value, low, high), the effect of the best item; both from units
+    that did not choose the items, with Student's 95 % interval, NaN where there is no other item or
+    unit. unit: what was flipped, n of them. level: of the test.
     """
 
     effects: Tensor
@@ -192,32 +205,25 @@ def max_t(
         p_i    = share of the flips s with  max over items j of T_j(s)  >=  T_i(identity)
 
     and step-down: the maximum runs over the items j with an effect no larger than that of i, and p
-    never falls from a larger effect to a smaller one (Westfall and Young 1993, algorithm 2.8). A
-    flip turns all items of a unit at once, so what they share, such as one baseline or one
-    corrupted run, is shared under every flip too. If the differences of the items without an effect
-    are symmetric about 0, jointly, the chance to find any of them is at most `level`, whatever the
-    others do.
+    never falls from a larger effect to a smaller one (Westfall and Young 1993). A flip turns all
+    items of a unit at once, so what they share, such as one baseline or one corrupted run, they
+    share under every flip. If the differences of the items without an effect are symmetric about 0,
+    jointly, the chance to find any of them is at most `level`, whatever the others do.
 
-    differences: [item, unit], larger = more effect; paired, such as baseline minus window per
-    prompt (`units_of`). All 2^n flips up to 12 units, for more the identity and 4,095 flips of a
-    fixed seed. studentized: each item divided by its root mean square, which orders flips as its
-    t statistic does.
-
-    The default compares plain means, one scale for all items: units are few and a true effect
-    varies from unit to unit, which lowers its own t but not that of the best of many silent items.
-    Only where noise differs several times from item to item does t find more
-    (benchmarks/intervals.py has both; both hold the level).
+    differences: [item, unit], larger = more effect, such as baseline minus window (`units_of`). All
+    2^n flips up to 12 units, for more the identity and 4,095 flips of a fixed seed. studentized:
+    each item divided by its root mean square, which orders flips as its t does. The default
+    compares plain means: units are few and a true effect varies from unit to unit, which lowers its
+    own t but not that of the best of many silent items. Only where noise differs several times from
+    item to item does t find more; both hold the level (benchmarks/intervals.py).
 
     margin and held_back come from halves: the units 0, 2, ... are read at the item (and the second
     item) with the largest means over the units 1, 3, ..., and the other way round. Leaving out one
     unit at a time reads the same, but then one unit decides between near ties, and the 95 %
     interval holds in 70 to 92 % of worlds without an effect; that of halves in 93 to 96 %.
-    Raises ValueError on anything but finite numbers [item >= 1, unit >= 1], and on a level outside
-    (0, 1).
+    Raises ValueError on anything but finite numbers [item, unit], and on a level outside (0, 1).
 
-    >>> import torch
-    >>> silent, planted = torch.tensor([[1.0, -1.0] * 3]), torch.full((1, 6), 4.0)
-    >>> found = max_t(torch.cat([silent, planted]))
+    >>> found = max_t(torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0], [4.0] * 6]))
     >>> found.verdict, found.best, found.p.tolist()
     ('found', 1, [0.65625, 0.015625])
     """
@@ -229,16 +235,12 @@ def max_t(
         )
     if not 0 < level < 1:
         raise ValueError(f"level {level!r}: pass a number between 0 and 1, such as 0.05")
-    items, n = d.shape
-    effects = d.mean(1)
     scale = d.square().mean(1, keepdim=True).sqrt() if studentized else d.square().mean().sqrt()
     scaled = torch.where(scale > 0, d / scale, 0.0)
     order = scaled.mean(1).argsort(descending=True, stable=True)
     margin, held_back = _held_back(d)
-    return MaxT(
-        effects, _step_down(scaled[order])[order.argsort()], int(effects.argmax()),
-        margin, held_back, unit, n, level,
-    )  # fmt: skip
+    p, effects = _step_down(scaled[order])[order.argsort()], d.mean(1)
+    return MaxT(effects, p, int(effects.argmax()), margin, held_back, unit, d.shape[1], level)
 
 
 def _step_down(ordered: Tensor) -> Tensor:
@@ -256,25 +258,21 @@ def _flips(n: int) -> Tensor:
     """Signs [flip, unit], the identity first."""
     if n <= EXACT:
         return torch.tensor(list(itertools.product((1.0, -1.0), repeat=n)), dtype=torch.float64)
-    drawn = torch.randint(2, (DRAWN, n), generator=torch.Generator().manual_seed(0))
-    drawn[0] = 1
-    return drawn.double() * 2 - 1
+    drawn = torch.randint(2, (DRAWN, n), generator=torch.Generator().manual_seed(0)).double()
+    return torch.cat([drawn.new_ones(1, n), drawn[1:] * 2 - 1])
 
 
 def _held_back(d: Tensor) -> tuple[Interval, Interval]:
-    """(margin, effect) of [item, unit], each half of the units read where the other half chose."""
+    """Margin and effect of [item, unit], each half of the units read where the other half chose."""
     items, n = d.shape
     chosen = d.new_full((2, n), math.nan)  # [first and second choice, unit]
     for half, other in ((slice(0, n, 2), slice(1, n, 2)), (slice(1, n, 2), slice(0, n, 2))):
         if n > 1:
             choice = d[:, other].mean(1).topk(min(2, items)).indices
             chosen[: len(choice), half] = d[choice, half]
-    return _summary(chosen[0] - chosen[1]), _summary(chosen[0])
-
-
-def _summary(values: Tensor) -> Interval:
-    low, high = t_interval(values).tolist()
-    return float(values.mean()), low, high
+    read = torch.stack([chosen[0] - chosen[1], chosen[0]])
+    margin, effect = torch.cat([read.mean(1, keepdim=True), t_interval(read)], 1).tolist()
+    return tuple(margin), tuple(effect)
 
 
 def reaches_neutral(scores: Tensor, neutral: Tensor, baseline: Tensor, level: float = 0.05) -> bool:
@@ -284,20 +282,18 @@ def reaches_neutral(scores: Tensor, neutral: Tensor, baseline: Tensor, level: fl
     sign for a fact). True if all of
         1. neutral text does something: baseline - neutral is found by `max_t`, as its only item
         2. some window does: baseline - scores is found by `max_t`
-        3. the best one leaves nothing that is seen: the 95 % interval of window - neutral, paired,
-           begins at or below 0
-    So where nothing removes anything the answer is no, and with too few units to tell as well.
+        3. no difference is seen: the 95 % interval of best window - neutral begins at or below 0
+    So the answer is no where nothing removes anything, or units are too few to tell. What is not
+    seen may still be there: of 8 pictures (sd 2, effect 8) a window that removes half passes in
+    14 % of worlds, three quarters in 65 %; of 16 in 1 % and 30 %.
     Raises ValueError as `max_t`.
 
-    >>> import torch
     >>> baseline, neutral = torch.linspace(20, 30, 8), torch.linspace(15, 25, 8)
     >>> one = torch.stack([baseline, neutral])
     >>> reaches_neutral(one, neutral, baseline), reaches_neutral(one[:1], neutral, baseline)
     (True, False)
     """
-    if max_t((baseline - neutral)[None], level).verdict != "found":
-        return False
-    drops = max_t(baseline - scores, level)
-    if drops.verdict != "found":
+    everywhere, drops = max_t((baseline - neutral)[None], level), max_t(baseline - scores, level)
+    if not everywhere.verdict == drops.verdict == "found":
         return False
     return bool(t_interval(scores[drops.best].double() - neutral.double())[0] <= 0)

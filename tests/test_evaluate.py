@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from loco_core.concepts import mentions
 from loco_core.edits.weights import projections
 from loco_core.judging.clip_score import Clip
 from loco_core.judging.probes import Probe, misspellings, probes_of
-from loco_core.statistics import paired_shares, wilson
+from loco_core.statistics import wilson
 from loco_core.worlds.shapeland.vocabulary import ATTRIBUTES, Scene, describe, is_held_out
 
 MIRA = loco.shapeland.concept("style", "Mira Holt", 12)
@@ -51,56 +50,6 @@ def same_bits(one, two):
 @pytest.fixture(scope="module")
 def mini():
     return loco.load("mini-sd")
-
-
-# Intervals
-
-
-@pytest.mark.parametrize(
-    "seen, n, low, high",  # Newcombe (1998), table I, method 3
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilsons_interval_has_the_published_values(seen, n, low, high):
-    assert wilson(seen / n, n) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_wilsons_interval_holds_the_shares_that_a_test_would_not_reject(share, n=9):
-    grid = torch.linspace(0, 1, 200001, dtype=torch.float64)
-    kept = grid[(share - grid).abs() <= 1.959964 * (grid * (1 - grid) / n).sqrt() + 1e-12]
-    assert wilson(share, n) == pytest.approx((kept.min().item(), kept.max().item()), abs=1e-4)
-
-
-def test_an_interval_over_prompts_covers_where_one_over_images_does_not():
-    """Eight images of a prompt that all show the same: 20 prompts tell no more than 20 images."""
-    rng = torch.Generator().manual_seed(0)
-    shares = (torch.rand(2000, 20, generator=rng) < 0.7).double().mean(1).tolist()
-    covered = [sum(low <= 0.7 <= high for low, high in (wilson(s, n) for s in shares)) / 2000
-               for n in (20, 160)]  # fmt: skip
-    assert covered[0] > 0.93 and covered[1] < 0.6
-
-
-@pytest.mark.parametrize("gained, lost, same", [(0, 0, 6), (0, 6, 0), (3, 1, 8), (2, 9, 1)])
-def test_the_paired_interval_is_bonett_and_prices(gained, lost, same):
-    n = gained + lost + same
-    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    reach = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    expected = max(p - q - reach, -1), min(p - q + reach, 1)
-    found = paired_shares(torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * same))
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert found[0] < found[1]
-
-
-@pytest.mark.parametrize("bad", [lambda: wilson(1.2, 3), lambda: wilson(0.5, 0),
-                                 lambda: paired_shares(torch.tensor([2.0]))])  # fmt: skip
-def test_intervals_of_what_are_no_shares_are_refused(bad):
-    with pytest.raises(ValueError, match="pass"):
-        bad()
 
 
 # Probes
