@@ -3,6 +3,7 @@
 The slow formulas are loops over flips, tables and numeric integrals; the worlds are simulated.
 """
 
+import doctest
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from loco_core import statistics
 from loco_core.statistics import (
     max_t,
     paired_shares,
@@ -378,3 +380,7 @@ def test_prompt_levels_do_not_pass_for_a_removal():
     """Three prompts of levels 20, 25, 30, neutral 4 lower, and no window changes anything."""
     baseline = torch.tensor([20.0, 25.0, 30.0]).repeat_interleave(3)
     assert reaches_neutral(baseline.repeat(5, 1), baseline - 4, baseline) is False
+
+
+def test_the_examples_of_the_docstrings_hold():
+    assert doctest.testmod(statistics).failed == 0
