@@ -85,7 +85,7 @@ from myst_nb import glue
 import loco_core as loco
 from loco_core.display import image_grid, score_curve
 from loco_core.judging.clip_score import clip_for, load_clip
-from loco_core.painting.paint import fitting_batch
+from loco_core.painting.fit import fitting_batch
 
 loco.progress(False)
 

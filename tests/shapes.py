@@ -25,7 +25,8 @@ MODULES = (
     "loco_core.families.text",
     "loco_core.interventions.patching",
     "loco_core.interventions.routing",
-    "loco_core.painting.paint",
+    "loco_core.painting.batch",
+    "loco_core.painting.generate",
 )
 
 

@@ -13,7 +13,7 @@ from conftest import build_tiny_clip, build_tiny_sd, build_tiny_sdxl
 
 from benchmarks import full_size
 from loco_core.judging.clip_score import load_clip
-from loco_core.painting.paint import fitting_batch, images_in
+from loco_core.painting.fit import fitting_batch, images_in
 from tools import execute, profiles
 from tools.profiles import Profile, Weights, load_profile
 

@@ -28,7 +28,8 @@ from ..families import family_of
 from ..families.checks import PLAIN
 from ..families.running import plain
 from ..families.sites import kind_around
-from ..painting.paint import check_settings, checked_seeds
+from ..painting.fit import checked_batch_size
+from ..painting.picture import Sampling, checked_seeds
 from . import objectives
 from .attribution import Attribution
 
@@ -95,7 +96,9 @@ def attribute(
         if choice not in choices:
             raise ValueError(f"{label}={choice!r}: choose from {', '.join(choices)}")
     seeds = checked_seeds(seeds)
-    check_settings(pipe, steps, guidance, batch_size)
+    sampling = Sampling(steps, guidance).checked(family_of(pipe))
+    steps = sampling.steps
+    batch_size = checked_batch_size(family_of(pipe), batch_size, sampling).rows
     layers = None if layers is None else sorted(set(layers))
     weights = scored(pipe, where, layers)
     settings = {

@@ -30,7 +30,7 @@ from ..edits.knockout import Knockout
 from ..edits.weights import fingerprint, linear_of
 from ..families import family_of
 from ..interventions.patching import rewriting
-from ..painting.paint import generate
+from ..painting.generate import generate
 
 __all__ = ["Neurons", "ablation_curve"]
 

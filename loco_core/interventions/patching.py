@@ -5,21 +5,23 @@ on a module copies that row's output into other rows. Nothing is cached: the cle
 there when it is needed, at every step, and the batch can be cut in chunks that each have a clean
 row. A row may be patched at other modules than its neighbour, so that many sites are one batch.
 
-    edits = copies(0, {2: [(unet.mid_block.resnets[0], None)]})    # row 2 gets row 0's output
+    edits = copies({2: [(0, unet.mid_block.resnets[0], None)]})    # row 2 gets row 0's output
     with rewriting(edits):
         noise = unet(latents, 500, encoder_hidden_states=text).sample
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from jaxtyping import Float
+import torch
 from torch import Tensor, nn
 
-from .routing import refuse_compiled
+from ..families.checks import refuse_compiled
+from .active import ours
 
 Rewrite = Callable[[Tensor], Tensor]
-Place = tuple[nn.Module, int | None]  # a module and a token of its output; None: all of it
+Place = tuple[int, nn.Module, int | None]  # source row, module, token of its output (None: all)
 
 
 @contextmanager
@@ -27,11 +29,14 @@ def rewriting(
     edits: Mapping[nn.Module, Rewrite],
     network: nn.Module | None = None,
     calls: Collection[int] | None = None,
+    says: Any = None,
 ) -> Iterator[None]:
     """Within this context the output of each module m is edits[m](output).
 
     Of a module that returns a tuple, the first entry is rewritten. calls: the calls of `network`,
     counted from 0 in this context, during which outputs are rewritten; all of them by default.
+    says: what the rewrites do, in JSON or as a function that tells it, for a store of pictures;
+    without it they are foreign to one.
     On exit, also by an exception, the hooks set here are gone and no other hook was touched.
     Raises ValueError for a compiled network (it would ignore the hooks), and RuntimeError if a
     module was not called in the context: nothing of it was rewritten.
@@ -53,7 +58,9 @@ def rewriting(
     try:
         if edits and network is not None:
             refuse_compiled(network)
-            handles.append(network.register_forward_pre_hook(count))
+            handles.append(network.register_forward_pre_hook(ours(count)))
+        if says is not None:
+            ours(hook, says)
         handles += [module.register_forward_hook(hook) for module in edits]
         yield
     finally:
@@ -66,49 +73,54 @@ def rewriting(
         )
 
 
-def copies(source: int, places: Mapping[int, Sequence[Place]]) -> dict[nn.Module, Rewrite]:
-    """Rewrites that give row b, at each of places[b], the output of row `source`.
+def copies(places: Mapping[int, Sequence[Place]]) -> dict[nn.Module, Rewrite]:
+    """Rewrites that give row b, at each of places[b], the output of another row.
 
-    places: batch row -> pairs of a module and a token of its output, or None for all of it. The
-    outputs are [row, ...], with tokens [row, token, ...].
+    places: batch row -> (row it is copied from, module, token of the output or None for all of
+    it). The outputs are [row, ...], with tokens [row, token, ...].
     """
-    found: dict[nn.Module, list[tuple[int, int | None]]] = {}
-    for row, pairs in places.items():
-        for module, token in pairs:
-            found.setdefault(module, []).append((row, token))
-    return {module: _copy(source, pairs) for module, pairs in found.items()}
+    found: dict[nn.Module, list[tuple[int, int, int | None]]] = {}
+    for row, triples in places.items():
+        for source, module, token in triples:
+            found.setdefault(module, []).append((row, source, token))
+    return {module: _copy(triples) for module, triples in found.items()}
 
 
-def _copy(source: int, pairs: Sequence[tuple[int, int | None]]) -> Rewrite:
-    whole = [row for row, token in pairs if token is None]
-    at = [(row, token) for row, token in pairs if token is not None]
+def _copy(triples: Sequence[tuple[int, int, int | None]]) -> Rewrite:
+    whole = [(row, source) for row, source, token in triples if token is None]
+    at = [(row, source, token) for row, source, token in triples if token is not None]
+    index = [torch.tensor(column) for pairs in (whole, at) for column in zip(*pairs, strict=True)]
 
     def rewrite(x: Tensor) -> Tensor:
-        clean, x = x[source], x.clone()
+        columns = [column.to(x.device, non_blocking=True) for column in index]
+        clean, x = x, x.clone()
         if whole:
-            x[whole] = clean
+            rows, sources = columns[:2]
+            x[rows] = clean[sources]
         if at:
-            rows, tokens = map(list, zip(*at, strict=True))
-            x[rows, tokens] = clean[tokens]
+            rows, sources, tokens = columns[-3:]
+            x[rows, tokens] = clean[sources, tokens]
         return x
 
     return rewrite
 
 
-def added(noise: Float[Tensor, "row token width"], first: int) -> Rewrite:
-    """A rewrite that adds noise [row, token, width] to an output, from token `first` on.
+def added(noise: Mapping[int, tuple[int, Tensor]], rows: int) -> Rewrite:
+    """A rewrite that adds to row b of an output noise [token, width], from a token on.
 
-    Raises ValueError for an output with another number of rows.
+    noise: batch row -> (first token, noise). rows: of the batch. Raises ValueError for an output
+    with another number of rows.
     """
 
     def rewrite(x: Tensor) -> Tensor:
-        if len(x) != len(noise):
+        if len(x) != rows:
             raise ValueError(
-                f"noise of {len(noise)} rows meets a batch of {len(x)}: the text encoder was not "
-                "called once with all prompts"
+                f"noise of {rows} rows meets a batch of {len(x)}: the text encoder was not called "
+                "once with all prompts"
             )
         x = x.clone()
-        x[:, first : first + noise.shape[1]] += noise.to(x)
+        for row, (first, drawn) in noise.items():
+            x[row, first : first + len(drawn)] += drawn.to(x)
         return x
 
     return rewrite

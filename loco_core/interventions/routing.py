@@ -21,7 +21,8 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor, nn
 
 from ..families import TextStates, family_of
-from ..families.checks import refuse_compiled
+from ..families.checks import refuse_compiled, whole_number
+from .active import ours, says_tensor
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def routed(
     handles = []
     try:
         for module, column in zip(modules, src.T.to(rows.device), strict=True):
-            hook = _reads(texts, column, rows)
+            hook = ours(_reads(texts, column, rows), _says(texts, column, rows))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -98,18 +99,25 @@ def _reads(texts: TextStates, column: Int64[Tensor, " row"], rows: Int[Tensor, "
     return hook
 
 
+def _says(texts: TextStates, column: Tensor, rows: Tensor) -> Callable[[], dict[str, Any]]:
+    """What the pre-hook of one layer does, in JSON; worked out when somebody asks."""
+    return lambda: {
+        "texts": says_tensor(texts.embeds), "reads": column.tolist(), "rows": rows.tolist()
+    }  # fmt: skip
+
+
 def windows(layers: int, size: int) -> Bool[Tensor, "window layer"]:
     """Which layers each window of `size` adjacent layers covers: [window, layer] bool.
 
     windows(16, 2)[6].nonzero().flatten()  # tensor([6, 7])
     """
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= layers:
+    if (number := whole_number(size, 1, layers)) is None:
         raise ValueError(
             f"window {size!r} does not fit: this model has {layers} text layers, so "
             f"choose a whole number from 1 to {layers}"
         )
-    start, layer = torch.arange(layers - size + 1)[:, None], torch.arange(layers)
-    return (layer >= start) & (layer < start + size)
+    start, layer = torch.arange(layers - number + 1)[:, None], torch.arange(layers)
+    return (layer >= start) & (layer < start + number)
 
 
 def checked_map(

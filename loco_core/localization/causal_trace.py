@@ -1,65 +1,70 @@
 """What a causal trace found, and when an effect is large enough to call a site causal."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import records
 from ..concepts import Concept
-from ..statistics import t_interval, units
-from .sites import Site
+from ..families import Site
+from ..painting.images import Held, Images
+from .sweep import Sweep
+
+__all__ = ["CausalTrace", "threshold_from"]
 
 
 @dataclass(frozen=True, eq=False)
-class CausalTrace:
-    """Effects of restored sites. Everything lives on the CPU.
+class CausalTrace(Sweep):
+    """Effects of restored sites: a sweep whose goal is the clean run, its reference the corrupted.
 
-    where: "unet" or "text_encoder". groups: the sites restored together, one group per effect.
-    restored [site, prompt, draw, seed], clean [prompt, seed], corrupted [prompt, draw, seed]:
-    scores of the three runs, float64. images: [2 + site, prompt, draw, seed, 3, H, W] float32 in
-    [0, 1] on the 8-bit grid, row 0 clean and row 1 corrupted; None if they were not kept.
+    items: the sites restored together, one group per effect. where: "denoiser" or "text_encoder".
     """
 
-    concept: Concept
+    items: tuple[tuple[Site, ...], ...]
     where: str
-    groups: tuple[tuple[Site, ...], ...]
-    restored: Tensor
-    clean: Tensor
-    corrupted: Tensor
-    images: Tensor | None
-    provenance: records.Provenance
+
+    @property
+    def groups(self) -> tuple[tuple[Site, ...], ...]:
+        """The sites restored together."""
+        return self.items
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The site of each effect; of several restored together, the first."""
-        return tuple(group[0] for group in self.groups)
+        return tuple(group[0] for group in self.items)
+
+    @property
+    def restored(self) -> Tensor:
+        """Scores of the restored runs: [site, prompt, draw, seed] float64."""
+        return self.scored
+
+    @property
+    def clean(self) -> Tensor:
+        """Scores of the clean run: [prompt, seed] float64."""
+        return self.goal[:, 0]
+
+    @property
+    def corrupted(self) -> Tensor:
+        """Scores of the corrupted runs: [prompt, draw, seed] float64."""
+        return self.reference
 
     @property
     def samples(self) -> Tensor:
         """Score restored minus score corrupted: [site, prompt, draw, seed] float64."""
-        return self.restored - self.corrupted
-
-    @property
-    def effects(self) -> Tensor:
-        """AIE of each site, the mean of its samples: [site] float64."""
-        return self.samples.flatten(1).mean(1)
+        return self.paired
 
     @property
     def scores(self) -> Tensor:
         """AIE without the second term, the mean score of the restored images: [site] float64."""
-        return self.restored.flatten(1).mean(1)
+        return self.scored.flatten(1).mean(1)
 
     @property
     def interval(self) -> Tensor:
-        """95 % interval (Student's t) of each effect over prompts (draws of the noise and seeds are
-        averaged), of a single prompt over its seeds: [site, 2] float64 (low, high); NaN for a
-        single picture."""
-        return t_interval(units(self.samples.mean(2)))
+        """`effects_interval`: [site, 2] float64 (low, high)."""
+        return self.effects_interval
 
     @property
     def low(self) -> Tensor:
@@ -72,26 +77,30 @@ class CausalTrace:
         return self.interval[:, 1]
 
     @property
-    def gap(self) -> float:
-        """What the noise took: mean score clean minus mean score corrupted."""
-        return float(self.clean.mean() - self.corrupted.mean())
+    def images(self) -> Images:
+        """[2 + site, prompt, draw, seed, 3, H, W] in [0, 1], row 0 clean and row 1 corrupted, read
+        when asked for. Raises ValueError if they were not kept."""
+        return self.sheet
 
-    def causal(self, threshold: float) -> tuple[Site, ...]:
-        """The sites whose effect is at least `threshold`, in their own order.
+    def causal(self, threshold: float | None = None) -> tuple[Site, ...]:
+        """The causal sites, in their own order: those whose effect is at least `threshold`, or by
+        default those that the test finds, p <= 0.05 adjusted for all sites.
 
         Take the threshold from other prompts: `threshold_from`.
         """
-        keep = (self.effects >= threshold).tolist()
+        test = self.test
+        keep = test.p <= test.level if threshold is None else self.effects >= threshold
         found = (
             site
-            for group, is_causal in zip(self.groups, keep, strict=True)
+            for group, is_causal in zip(self.items, keep.tolist(), strict=True)
             if is_causal
             for site in group
         )
         return tuple(dict.fromkeys(found))
 
     def to_frame(self) -> Any:
-        """A pandas table, a row per effect: site, kind, token, effect, low, high, score."""
+        """A pandas table, a row per effect: site, kind, token, effect, low, high, p (adjusted for
+        all sites), score."""
         import pandas
 
         return pandas.DataFrame(
@@ -102,48 +111,20 @@ class CausalTrace:
                 "effect": self.effects.tolist(),
                 "low": self.low.tolist(),
                 "high": self.high.tolist(),
+                "p": self.test.p.tolist(),
                 "score": self.scores.tolist(),
             }
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write `causal_trace.json` and `causal_trace.safetensors`, whole or not at all."""
-        header: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "groups":
-                header["groups"] = [[dataclasses.asdict(site) for site in g] for g in value]
-            elif field.name == "images" and value is not None:
-                tensors["images"] = (value * 255).round().to(torch.uint8)
-            elif isinstance(value, Tensor):
-                tensors[field.name] = value
-            elif value is not None:
-                is_record = dataclasses.is_dataclass(value)
-                header[field.name] = dataclasses.asdict(value) if is_record else value
-        records.save_record(folder, "causal_trace", header, tensors)
+        """Write `causal_trace.safetensors`, whole or not at all."""
+        records.save(self, folder, "causal_trace")
 
     @classmethod
     def load(cls, folder: str | Path) -> "CausalTrace":
-        """What `save` wrote, equal to what was saved; refuses a damaged folder."""
-        header, tensors = records.load_record(folder, "causal_trace")
-        images = tensors.get("images")
-        try:
-            return cls(
-                concept=Concept(**header["concept"]),
-                where=header["where"],
-                groups=tuple(tuple(Site(**site) for site in group) for group in header["groups"]),
-                **{name: tensors[name] for name in ("restored", "clean", "corrupted")},
-                images=None if images is None else images.float() / 255,
-                provenance=records.Provenance(**header["provenance"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"the causal trace in {folder} is damaged ({error!r}): make it again"
-            ) from None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CausalTrace) and records.same(self, other)
+        """What `save` wrote, equal to what was saved, or what 0.3 wrote; refuses a damaged
+        folder."""
+        return records.load(cls, folder, "causal_trace", older=_of_03)
 
 
 def threshold_from(traces: Sequence[CausalTrace], fraction: float = 0.2) -> float:
@@ -172,3 +153,20 @@ def threshold_from(traces: Sequence[CausalTrace], fraction: float = 0.2) -> floa
             "nothing to restore: trace with more noise=, or check the score"
         )
     return fraction * gap
+
+
+def _of_03(header: dict[str, Any], tensors: dict[str, Tensor]) -> CausalTrace:
+    """A causal trace as 0.3 wrote it, in two files."""
+    images, corrupted = tensors.get("images"), tensors["corrupted"]
+    return CausalTrace(
+        concept=Concept(**header["concept"]),
+        items=tuple(tuple(Site(**site) for site in group) for group in header["groups"]),
+        scored=tensors["restored"],
+        reference=corrupted,
+        goal=tensors["clean"][:, None].expand_as(corrupted).contiguous(),
+        sign=1,
+        pixels=None if images is None else Held(images),
+        cost=float("nan"),
+        provenance=records.Provenance(**header["provenance"]),
+        where={"unet": "denoiser"}.get(header["where"], header["where"]),
+    )

@@ -121,9 +121,7 @@ def _local(text: str, number: str, gpus: Sequence[str]) -> list[dict[str, str]]:
         count = int(number)
     else:
         raise ValueError(f"engine {text!r} does not say how many processes: choose {WORDS}")
-    if not gpus:
-        return [{} for _ in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(count)]
 
 
 def _gpus() -> list[str]:
@@ -176,15 +174,14 @@ def _quiet() -> Iterator[None]:
 def _environment() -> Iterator[None]:
     """One thread for a process that is started here: its torch asks before it is told anything."""
     names = (*ONE_THREAD, "PYTHONHASHSEED", "__DASK_PARENT_PID")  # Dask sets these two
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(ONE_THREAD)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in names:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 @contextmanager
@@ -211,8 +208,13 @@ def _processes(environments: Sequence[dict[str, str]]) -> Iterator[Any]:
 
 @contextmanager
 def _client(scheduler: Any) -> Iterator[Any]:
-    from distributed import Client
+    from distributed import Client, Security
 
+    if str(scheduler).startswith("tls://") and not Security().tls_client_cert:
+        raise ValueError(
+            f"the scheduler at {scheduler} asks for a certificate, and none is set: name it in "
+            "Dask's configuration, distributed.comm.tls.client.cert"
+        )
     try:
         client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
     except OSError as error:
@@ -281,10 +283,8 @@ def _result(
     try:
         return client.submit(function, item, pure=False).result()
     except KilledWorker as error:
-        raise RuntimeError(
-            "its process died each time it was tried, at last alone; if the memory was used up, a "
-            "smaller batch may do"
-        ) from error
+        told = "its process died at every try, at last alone: is there memory for a batch this big?"
+        raise RuntimeError(told) from error
 
 
 def _told(failed: Sequence[tuple[Any, Exception]], count: int) -> str:

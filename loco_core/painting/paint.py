@@ -1,226 +1,197 @@
-"""Seeded images of a pipeline, in batches, under any routing of its text.
+"""The one room that paints: a list of pictures in, pictures out, one by one.
 
-The pipeline itself is called, with its own scheduler, image size and decoder, so one that was
-subclassed keeps working. Row by row the noise comes from a CPU generator of its own: an image does
-not depend on the batch it was made in, nor on the device or the dtype its noise is used in.
+    pictures  ->  those that the store has not  ->  batches  ->  map  ->  [3, H, W] uint8
+
+What was painted before is read, what is missing is painted in batches, on this machine or, by
+another `map`, on many. Nothing holds all pictures. A picture does not depend on what else is
+painted, nor on how many at a time.
 """
 
-import dataclasses
-import math
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from numbers import Integral
+import builtins
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int
 from torch import Tensor
 
-from .. import records
 from .._progress import bar
-from ..families import Model, TextStates, family_of
-from ..families.latent import own_scheduler
-from ..families.text import checked_prompts
-from ..interventions.routing import checked_map, routed
+from ..families import Model, family_of
+from ..families.checks import whole_number
+from .batch import batches
+from .brush import painted
+from .fit import USUAL, BatchSize, checked_batch_size, out_of_memory
+from .picture import Picture, Sampling, checked_seeds
+from .remote import Order, paint_there
+from .state import state_of
+from .store import Store, sealed
+from .texts import Reader
+
+__all__ = ["paint"]
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-@torch.no_grad()
-def generate(
+def paint(
     pipe: Any,
-    prompts: Sequence[str],
-    seeds: Iterable[int] = (0,),
-    steps: int = 25,
-    guidance: float = 7.5,
+    pictures: Iterable[Picture],
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     *,
-    routes: Int[Tensor, "prompt layer"] | Sequence[Sequence[int]] | None = None,
-    sources: Sequence[str] | None = None,
-    pooled_routes: Int[Tensor, " prompt"] | Sequence[int] | None = None,
-    negative_prompt: str | None = None,
-    eta: float = 0.0,
-    batch_size: int = 16,
-    folder: str | Path | None = None,
-) -> Float32[Tensor, "prompt seed 3 height width"]:
-    """Images [prompt, seed, 3, H, W], float32 in [0, 1], on the CPU.
+    store: Store | str | Path | None = None,
+    batch_size: int | str = "fit",
+    map: Map = map,
+    what: str = "sampling",
+    state: Mapping[str, Any] | None = None,
+) -> Iterator[Tensor]:
+    """The pictures, [3, H, W] uint8 on the CPU, one by one and in order; each is painted once.
 
-    pipe: a diffusers pipeline. guidance: the CFG scale; 1 or less is without guidance.
-    routes: [prompt, layer] long: the image of prompt p reads, at text layer l, the text
-    sources[routes[p, l]], where `sources` are the prompts unless named; only the conditional half
-    of the batch is routed. pooled_routes: [prompt] long, for a family with a pooled embedding
-    beside its text layers (SD-XL): prompt p gets that of sources[pooled_routes[p]]; None: its own.
-    negative_prompt: None is the pipeline's own default: SD-XL zeroes the negative embeddings if its
-    config says so (the published one does), other pipelines encode ""; "" is encoded by all.
-    eta: of DDIM. batch_size: images per call of the pipeline (with guidance the denoiser sees
-    twice as many rows). folder: each finished batch is kept there, and a run that was killed goes
-    on where it was; the result is the same.
-    Raises ValueError on an empty list of prompts, a seed given twice, bad steps or guidance, routes
-    that do not fit, and a folder that holds another run. The pipeline is left as it was.
+    pipe: a diffusers pipeline. store: a `Store` or its folder: what is there is read, what is
+    painted is kept there at once. batch_size: rows of one call of the pipeline, the clean runs of
+    restored pictures included; "fit" is what the memory holds (16 on a CPU). When memory runs out
+    it is halved and the batch painted again. map: the builtin, or one of its shape that calls
+    other processes, such as `ProcessPoolExecutor.map` or that of `engine("local:2")`: they load
+    the pipeline by themselves, and write into the store. what: is said by the bar. state: of the
+    model (`state_of`), if the caller knows it already.
+    Raises ValueError at once for pictures and settings that do not fit the pipeline, and while it
+    paints for those that are not finite. The pipeline is left as it was.
 
-        images = loco.generate(loco.load("mini-sd"), ["a star"], seeds=range(4), steps=25)
+        stars = [Picture("a star", seed) for seed in range(100)]
+        for pixels in paint(pipe, stars, Sampling(steps=8), store="stars"): ...
     """
     model = family_of(pipe)
-    prompts, seeds = checked_prompts(prompts), checked_seeds(seeds)
-    check_settings(pipe, steps, guidance, batch_size)
-    sources = prompts if sources is None else checked_prompts(sources)
-    unique = list(dict.fromkeys([*prompts, *sources]))
-    texts = model.encode([*unique, "" if negative_prompt is None else negative_prompt])
-    negative = model.unprompted(texts[-1:]) if negative_prompt is None else texts[-1:]
-    place = torch.tensor([unique.index(p) for p in prompts])
-    pooled = place
-    if routes is not None:
-        routes = checked_map(routes, len(model.text_layers), len(sources))
-        if len(routes) != len(prompts):
+    sampling, listed = sampling.checked(model), _checked(model, pictures)
+    kept = Store.of(store)
+    if map is not builtins.map and kept is None:
+        kept = Store.temporary()
+    if kept is not None and state is None:
+        state = state_of(model, kept.tag)
+    keys = {} if kept is None else _keys(kept, sealed(state or {}), sampling, listed)
+    missing = [p for p in dict.fromkeys(listed) if kept is None or not kept.has(keys[p])]
+    if not missing and batch_size == "fit":
+        batch_size = 1  # nothing is to be measured
+    if map is not builtins.map:
+        rows = checked_batch_size(model, USUAL if batch_size == "fit" else batch_size, sampling)
+        order = Order.of(pipe, sampling, kept, state) if missing else None
+        stream = _elsewhere(map, order, list(batches(missing, rows)), keys, what)
+    else:
+        rows = checked_batch_size(model, batch_size, sampling)
+        stream = _here(_Brush(model, sampling, kept, keys, rows), missing, what)
+    return _in_order(listed, missing, stream, kept, keys)
+
+
+@dataclass(frozen=True)
+class _Brush:
+    """What painting on this machine takes."""
+
+    model: Model
+    sampling: Sampling
+    store: Store | None
+    keys: dict[Picture, str]
+    rows: BatchSize
+
+    def __call__(
+        self, reader: Reader, tick: Callable[[], object], batch: Sequence[Picture]
+    ) -> list[Tensor]:
+        """A batch, [3, H, W] uint8 each, and kept if there is a store."""
+        try:
+            return painted(self.model, self.sampling, batch, self.store, self.keys, reader, tick)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return self._halved(reader, tick, batch, error)
+
+    def _halved(
+        self, reader: Reader, tick: Callable[[], object], batch: Sequence[Picture], error: Exception
+    ) -> list[Tensor]:
+        """The batch in two halves, and all that follow as small."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise MemoryError(
+                f"one picture does not fit into memory ({error}): pass a smaller size=, load the "
+                'pipeline with dtype="bfloat16", or offload it, pipe.enable_model_cpu_offload()'
+            ) from error
+        half = -(-len(batch) // 2)
+        self.rows.rows = max(2, min(self.rows.rows, half))
+        return [x for part in (batch[:half], batch[half:]) for x in self(reader, tick, part)]
+
+
+def _here(brush: _Brush, missing: Sequence[Picture], what: str) -> Iterator[Tensor]:
+    if not missing:
+        return
+    reader = Reader.of(brush.model, missing, brush.sampling)
+    count = -(-len(missing) // brush.rows())
+    with bar(count * brush.sampling.steps, what, "step") as progress:
+
+        def tick() -> None:
+            progress.update(min(1, progress.total - progress.n))
+
+        for batch in batches(missing, brush.rows):
+            yield from brush(reader, tick, batch)
+
+
+def _elsewhere(
+    map: Map, order: Order | None, listed: list[list[Picture]], keys: dict[Picture, str], what: str
+) -> Iterator[Tensor]:
+    if order is None:
+        return
+    with bar(len(listed), what, "batch") as progress:
+        for batch, _ in zip(listed, map(partial(paint_there, order), listed), strict=True):
+            progress.update()
+            for picture in batch:
+                yield order.store.read(keys[picture])
+
+
+def _in_order(
+    listed: Sequence[Picture],
+    missing: Sequence[Picture],
+    painted: Iterator[Tensor],
+    store: Store | None,
+    keys: dict[Picture, str],
+) -> Iterator[Tensor]:
+    """All pictures: painted now, or read; one that comes again without a store is held."""
+    due, left = set(missing), Counter(listed)
+    held: dict[Picture, Tensor] = {}
+    for picture in listed:
+        left[picture] -= 1
+        if picture in due:
+            due.discard(picture)
+            pixels = next(painted)
+            if left[picture] and store is None:
+                held[picture] = pixels
+        elif picture in held:
+            pixels = held[picture] if left[picture] else held.pop(picture)
+        else:
+            assert store is not None  # only a store can have had it before
+            pixels = store.read(keys[picture])
+        yield pixels
+    next(painted, None)  # so that the painter ends its bar and its contexts
+
+
+def _keys(
+    store: Store, state: str, sampling: Sampling, pictures: Sequence[Picture]
+) -> dict[Picture, str]:
+    return {p: store.key(state, sampling, p) for p in dict.fromkeys(pictures)}
+
+
+def _checked(model: Model, pictures: Iterable[Picture]) -> list[Picture]:
+    listed, layers = list(pictures), len(model.text_layers)
+    for picture in listed:
+        if not isinstance(picture, Picture):
+            raise TypeError(f"{picture!r} is no picture: list loco.painting.Picture(prompt, seed)")
+        checked_seeds([picture.seed])
+        for layer, prompt in picture.reads:
+            if whole_number(layer, 0, layers - 1) is None or not isinstance(prompt, str):
+                raise ValueError(
+                    f"{prompt!r} cannot be read at layer {layer!r}: this model has text layers 0 "
+                    f"to {layers - 1}"
+                )
+        if picture.pooled is not None and not model.pooled:
             raise ValueError(
-                f"routes has {len(routes)} rows for {len(prompts)} prompts: give one row each"
+                f"{model.name} has no pooled text: its prompts enter only through the text layers; "
+                "leave out pooled"
             )
-        routes = torch.tensor([unique.index(p) for p in sources])[routes]
-    if pooled_routes is not None:
-        pooled = _checked_pooled(model, pooled_routes, len(prompts), len(sources))
-        pooled = torch.tensor([unique.index(p) for p in sources])[pooled]
-    cells = [(p, s) for p in range(len(prompts)) for s in seeds]
-    batches = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
-    settings = {
-        "texts": unique,
-        "prompts": place.tolist(),
-        "routes": None if routes is None else torch.as_tensor(routes).tolist(),
-        "pooled_routes": None if pooled_routes is None else pooled.tolist(),
-        "seeds": seeds,
-        "steps": steps,
-        "guidance": guidance,
-        "negative_prompt": negative_prompt,
-        "eta": eta,
-        "batch_size": batch_size,
-        "dtype": str(texts.embeds.dtype),
-        "scheduler": type(pipe.scheduler).__name__,
-    }
-    parts = None if folder is None else records.Parts.of(folder, pipe, **settings)
-    images = []
-    with own_scheduler(pipe), bar(len(batches) * steps, "sampling", "step") as progress:
-        for number, batch in enumerate(batches):
-            made = None if parts is None else parts.read(number)
-            if made is None:
-                index = torch.tensor([p for p, _ in batch])
-                src = None if routes is None else routes[index]
-                rows = texts[place[index]]
-                if texts.pooled is not None:
-                    rows = dataclasses.replace(rows, pooled=texts.pooled[pooled[index]])
-                made = sample_batch(
-                    pipe, texts, rows, negative, [s for _, s in batch], src, steps, guidance, eta,
-                    progress,
-                )  # fmt: skip
-                if parts is not None:
-                    parts.write(number, made)
-            else:
-                progress.update(steps)
-            images.append(made)
-    return torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
-
-
-def sample_batch(
-    pipe: Any,
-    texts: TextStates,
-    rows: TextStates,
-    negative: TextStates,
-    seeds: list[int],
-    src: Int[Tensor, "row layer"] | None,
-    steps: int,
-    guidance: float,
-    eta: float,
-    progress: Any,
-) -> Float32[Tensor, "row 3 height width"]:
-    """One batch: rows[b] with seeds[b], where src[b] routes it to `texts`."""
-    model = family_of(pipe)
-    places = model.conditional_rows(len(seeds), guidance)
-    routing = nullcontext() if src is None else routed(pipe, texts, src, places)
-    with routing:
-        return model.call(
-            rows,
-            negative,
-            seeds,
-            steps=steps,
-            guidance=guidance,
-            eta=eta,
-            tick=lambda: progress.update(min(1, progress.total - progress.n)),
-        )
-
-
-def fitting_batch(pipe: Any, guidance: float = 7.5, most: int = 64) -> int:
-    """How many images one call of `pipe` can make in the memory that is free now.
-
-    pipe: a diffusers pipeline, already on its device. guidance: as in `generate`; without it a
-    batch holds twice as many. On a GPU one image and then two are sampled for one step: what the
-    second adds is the price of each further one, and nine tenths of the free memory are spent, on
-    at most `most` images. On a CPU it is 16, or `most`.
-
-        images = loco.generate(pipe, prompts, batch_size=fitting_batch(pipe))
-    """
-    device = torch.device(pipe._execution_device)
-    if device.type != "cuda":
-        return min(16, most)
-
-    def peak(images: int) -> int:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        generate(pipe, [""] * images, steps=1, guidance=guidance, batch_size=images)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    one, two = peak(1), peak(2)
-    torch.cuda.empty_cache()
-    return images_in(0.9 * torch.cuda.mem_get_info(device)[0], one, two, most)
-
-
-def images_in(free: float, one: int, two: int, most: int) -> int:
-    """The largest n from 1 to `most` with one + (n - 1) (two - one) <= free, all in bytes.
-
-    >>> images_in(free=10, one=4, two=6, most=64)
-    4
-    """
-    further = max(two - one, 1)
-    return max(1, min(most, 1 + int((free - one) // further)))
-
-
-def checked_seeds(seeds: Iterable[int]) -> list[int]:
-    """`seeds` as a list; refuses none at all, one given twice, and what is no whole number."""
-    seeds = list(seeds)
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed!r} is not a whole number from 0 on")
-    seeds = [int(seed) for seed in seeds]
-    if not seeds:
-        raise ValueError("no seed is given: pass for example seeds=range(4)")
-    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
-        raise ValueError(f"seeds {twice} are given twice: an image would be counted twice")
-    return seeds
-
-
-def _checked_pooled(model: Model, routes: Any, prompts: int, sources: int) -> Tensor:
-    """`pooled_routes` as [prompt] long; refuses one that does not fit, and a family without."""
-    if not model.pooled:
-        raise ValueError(
-            f"{model.name} has no pooled text: its prompts enter only through the text layers; "
-            "leave out pooled_routes"
-        )
-    routes = torch.as_tensor(routes)
-    if routes.shape != (prompts,) or routes.is_floating_point():
-        raise ValueError(
-            f"pooled_routes is [prompt] of whole numbers for {prompts} prompts; got "
-            f"{routes.dtype} {tuple(routes.shape)}"
-        )
-    if routes.min() < 0 or routes.max() >= sources:
-        raise ValueError(
-            f"pooled_routes names sources {int(routes.min())} to {int(routes.max())}, but there "
-            f"are 0 to {sources - 1}"
-        )
-    return routes.long()
-
-
-def check_settings(pipe: Any, steps: int, guidance: float, batch_size: int) -> None:
-    """Raises ValueError for settings of a sampling that the pipeline cannot do."""
-    most = pipe.scheduler.config.num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= most:
-        raise ValueError(f"steps {steps!r} is not a whole number from 1 to {most}")
-    if not isinstance(guidance, int | float) or not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance {guidance!r} is not a number from 0 on; 7.5 is usual")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size {batch_size!r} is not a whole number from 1 on")
+    return listed

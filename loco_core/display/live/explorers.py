@@ -14,7 +14,7 @@ from ...concepts import Concept
 from ...families import family_of
 from ...families.text import checked_prompts
 from ...interventions.routing import checked_map
-from ...painting.paint import generate
+from ...painting.generate import generate
 from ..widgets import labelled
 from .choices import Choice, any_of, one_of
 from .explore import Explorer, explore, figure, frame_of

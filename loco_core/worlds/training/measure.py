@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loco_core.families import family_of
-from loco_core.painting.paint import generate
+from loco_core.painting.generate import generate
 
 from ..shapeland.judge import judge
 from ..shapeland.planting import POOLED, Place
