@@ -26,7 +26,8 @@ import torch
 
 import loco_core as loco
 from loco_core.edits.weights import module_of
-from loco_core.records import atomic_write, versions
+from loco_core.files import atomic_write
+from loco_core.records import versions
 from loco_core.worlds.shapeland.tokenizer import learn_tokenizer
 from loco_core.zoo import quiet_loading
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from ._version import __version__
 from .codec import decoded, encoded, is_stack
 from .digests import digest, fingerprint, weights
-from .files import atomic_write
 from .record_file import Stack, read_sealed, write_sealed
 
 __all__ = ["Provenance", "Source", "Stack", "digest", "fingerprint", "load", "model_name",
@@ -193,99 +192,6 @@ def _decoded_whole(cls: type[T], kind: str, header: dict[str, Any], values: dict
     if header["kind"] != kind:
         raise ValueError(f"it holds a {header['kind']}")
     return decoded(cls, header["record"], values)
-
-
-def save_record(
-    folder: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """Write a record as 0.3 did: `<kind>.json` and `<kind>.safetensors`."""
-    from safetensors.torch import save
-
-    blob = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()})
-    full = {"kind": kind, "sha256": hashlib.sha256(blob).hexdigest(), **header}
-    text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    atomic_write(Path(folder) / f"{kind}.safetensors", blob)
-    atomic_write(Path(folder) / f"{kind}.json", text.encode())
-
-
-def load_record(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(header, tensors) of a record written by `save_record`.
-
-    Raises FileNotFoundError if there is none and ValueError if it is damaged.
-    """
-    from safetensors.torch import load
-
-    folder = Path(folder)
-    paths = folder / f"{kind}.json", folder / f"{kind}.safetensors"
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no {kind} is saved in {folder}: {path.name} is missing")
-    text, blob = (path.read_bytes() for path in paths)
-    try:
-        header = json.loads(text)
-        written = header["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{paths[0]} is damaged ({error!r}): make the {kind} again") from None
-    if written != hashlib.sha256(blob).hexdigest():
-        raise ValueError(
-            f"{paths[1]} is damaged: it is not the file that {paths[0].name} was saved with; "
-            f"make the {kind} again"
-        )
-    return header, load(blob)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Finished parts of a long computation in a folder: a run that was killed goes on from there.
-
-    `run.json` says what is computed; a folder that holds another computation is refused.
-    """
-
-    folder: Path
-
-    @classmethod
-    def of(cls, folder: str | Path, pipe: Any, **settings: Any) -> "Parts":
-        """The parts of the computation with `settings` (JSON values) on the pipeline `pipe`."""
-        wanted, path = dataclasses.asdict(provenance(pipe, **settings)), Path(folder) / "run.json"
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text())
-                flat, asked = ({**run, **run["settings"]} for run in (found, wanted))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged ({error!r}): name an empty folder") from None
-            other = sorted(k for k in flat.keys() | asked.keys() if flat.get(k) != asked.get(k))
-            if other:
-                raise ValueError(
-                    f"{folder} holds another run, which differs in {', '.join(other)}: "
-                    "name an empty folder, or repeat that run"
-                )
-        else:
-            atomic_write(path, json.dumps(wanted, indent=1, sort_keys=True).encode())
-        return cls(Path(folder))
-
-    def read(self, number: int) -> Tensor | None:
-        """Part `number`, or None if it is not finished."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        path = self._path(number)
-        if not path.is_file():
-            return None
-        try:
-            return load(path.read_bytes())["part"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): delete it, and it is made again"
-            ) from None
-
-    def write(self, number: int, part: Tensor) -> None:
-        """Keep a finished part."""
-        from safetensors.torch import save
-
-        atomic_write(self._path(number), save({"part": part.contiguous()}))
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
 
 
 def same(a: Any, b: Any) -> bool:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .._warn import warn
+from ..interventions.active import closed, opened
 from ..records import Provenance, model_name, revision, same, versions
 from . import file as edit_file
 from .change import Change
@@ -156,6 +157,7 @@ class Edit:
                 stacks.setdefault(module, []).append((self, before))
                 module.weight.copy_(after)
             torch.clear_autocast_cache()  # or an outer autocast keeps using the old weights
+            opened(pipe, _Applied(self))
             if not changed:
                 warn(
                     f"{self!r} changes nothing: its prompts and targets have the same embeddings, "
@@ -163,6 +165,7 @@ class Edit:
                     "weights it knocks out are 0 already",
                 )
         except BaseException:  # Ctrl-C too, and a warning made an error: no half-applied edit
+            closed(pipe, _Applied(self))
             self._restore([module for module in modules.values() if newest(module) == self])
             raise
 
@@ -184,6 +187,7 @@ class Edit:
                     f"{self!r} is below {newest(module)!r} on {name}: revert that edit first"
                 )
         self._restore(list(modules.values()))
+        closed(pipe, _Applied(self))
 
     def save(self, path: str | Path) -> None:
         """Write the edit to `path`: safetensors, with a readable manifest in its metadata.
@@ -227,6 +231,16 @@ class Edit:
         torch.clear_autocast_cache()
         for module in modules:  # only now: an interrupted restore can be repeated
             stacks[module].pop()
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """`Edit.applied`, to be entered again on another pipeline."""
+
+    edit: Edit
+
+    def __call__(self, pipe: Any) -> Any:
+        return self.edit.applied(pipe)
 
 
 def make_edit(pipe: Any, changes: Mapping[str, Change], **settings: Any) -> Edit:

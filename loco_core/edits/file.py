@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import Provenance, atomic_write
+from ..files import atomic_write
+from ..records import Provenance
 from .knockout import Knockout
 from .low_rank import LowRankMap
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import atomic_write, model_name
+from ..files import atomic_write
+from ..records import model_name
 from .file import MANIFEST
 from .low_rank import LowRankMap, check_maps
 from .stack import original_of

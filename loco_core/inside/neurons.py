@@ -29,6 +29,7 @@ from ..edits.edit import Edit, make_edit
 from ..edits.knockout import Knockout
 from ..edits.weights import fingerprint, linear_of
 from ..families import family_of
+from ..interventions.active import closed, opened, says_tensor
 from ..interventions.patching import rewriting
 from ..painting.generate import generate
 
@@ -103,8 +104,13 @@ class Neurons:
             modules[name]: _holds(row, means[name][row] * (mode == "neutral_mean"))
             for name, row in rows.items()
         }
-        with rewriting(held, family_of(pipe).denoiser):
-            yield pipe
+        again = _Ablated(self, int(top), mode)
+        with rewriting(held, family_of(pipe).denoiser, says=again.says):
+            opened(pipe, again)
+            try:
+                yield pipe
+            finally:
+                closed(pipe, again)
 
     def edit(self, pipe: Any, top: int, mode: str = "zero") -> Edit:
         """The same as an Edit that can be applied, saved and composed: `top` rows set to zero.
@@ -192,6 +198,24 @@ def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Neurons
     fields: dict[str, Any] = {**listed, **tensors}
     concept, made = Concept(**header["concept"]), records.Provenance(**header["provenance"])
     return Neurons(concept=concept, provenance=made, **fields)
+
+
+@dataclass(frozen=True)
+class _Ablated:
+    """`Neurons.ablated`, to be entered again on another pipeline."""
+
+    neurons: Neurons
+    top: int
+    mode: str
+
+    def __call__(self, pipe: Any) -> Any:
+        return self.neurons.ablated(pipe, self.top, self.mode)
+
+    def says(self) -> dict[str, Any]:
+        """What is held at what, in JSON."""
+        rows = {name: row.tolist() for name, row in self.neurons._rows(self.top).items()}
+        held = says_tensor(self.neurons.neutral_mean) if self.mode == "neutral_mean" else 0
+        return {"ablated": rows, "at": held}
 
 
 def ablation_curve(

@@ -39,7 +39,7 @@ def rewriting(
     without it they are foreign to one.
     On exit, also by an exception, the hooks set here are gone and no other hook was touched.
     Raises ValueError for a compiled network (it would ignore the hooks), and RuntimeError if a
-    module was not called in the context: nothing of it was rewritten.
+    module was not called in the context (but `network`, if named, was): nothing was rewritten.
     """
     call, called, handles = -1, set(), []
 
@@ -66,7 +66,8 @@ def rewriting(
     finally:
         for handle in handles:
             handle.remove()
-    if idle := [type(module).__name__ for module in edits if module not in called]:
+    idle = [type(module).__name__ for module in edits if module not in called]
+    if idle and (network is None or call >= 0):
         raise RuntimeError(
             f"{len(idle)} of {len(edits)} modules to patch ({', '.join(sorted(set(idle)))}) did "
             "not run, or run compiled and ignore hooks: load the pipeline again, do not compile it"

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ... import records
+from ...families import family_of
+from ...painting.state import state_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +80,30 @@ class Results:
 
     def _digest(self, key: Mapping[str, Any]) -> str:
         state = None
-        if self.pipe is not None:
-            made = records.provenance(self.pipe)
-            scheduler = self.pipe.scheduler
-            dtype, kind = str(self.pipe.dtype), type(scheduler).__name__
-            state = made.fingerprint, made.versions, dtype, kind, dict(scheduler.config)
-        text = json.dumps([key, self.inputs, state], sort_keys=True, default=str)
+        if self.pipe is not None:  # what stays in memory need not outlive a hook of somebody else
+            state = state_of(family_of(self.pipe), None if self.folder else "in memory")
+        known = [key, self.inputs, state, records.versions()]
+        text = json.dumps(known, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _read(self, digest: str) -> Made | None:
-        if self.folder is None or not (self.folder / f"{digest}.json").is_file():
+        if self.folder is None or not (self.folder / f"{digest}.safetensors").is_file():
             return None
-        header, tensors = records.load_record(self.folder, digest)
-        return Made(tensors["pixels"].numpy(), tuple(header["notes"]))
+        kept = records.load(_Kept, self.folder, digest)
+        return Made(kept.pixels.numpy(), kept.notes)
 
     def _write(self, digest: str, made: Made) -> None:
         if self.folder is not None:
-            import torch
+            kept = _Kept(torch.from_numpy(made.pixels), tuple(made.notes))
+            records.save(kept, self.folder, digest)
 
-            pixels = torch.from_numpy(made.pixels)
-            records.save_record(self.folder, digest, {"notes": made.notes}, {"pixels": pixels})
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A result as it lies in a folder."""
+
+    pixels: torch.Tensor
+    notes: tuple[str, ...]
 
 
 def eight_bit(images: ArrayLike) -> NDArray:
