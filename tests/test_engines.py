@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import build_tiny_sd
 
-from loco_core.painting import engines
+from loco_core.painting import Picture, Sampling, engines, paint
 from loco_core.painting.engines import engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +138,7 @@ def test_an_item_that_kills_its_worker_is_named_and_the_rest_is_done(folder, und
         with pytest.raises(RuntimeError) as error:
             got.extend(mapped(partial(deadly, folder, 4), range(20)))
     assert str(error.value).startswith("1 of 20 items failed, the others are done")
-    assert "\n  4: RuntimeError: its process died each time it was tried" in str(error.value)
+    assert "\n  4: RuntimeError: its process died at every try" in str(error.value)
     del undisturbed["4"]
     assert contents(folder) == undisturbed
     assert [item for item, _ in got] == [0, 1, 2, 3]  # and none that stands at another's place
@@ -204,6 +205,58 @@ def test_the_variable_of_the_gpu_reaches_the_process(monkeypatch):
     assert variables["CUDA_VISIBLE_DEVICES"] == "7"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline that another process can load."""
+    import loco_core as loco
+
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny_sd().save_pretrained(folder)
+    return loco.load(folder)
+
+
+def pictures_in(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in store.glob("**/*.png")}
+
+
+PICTURES = [Picture(f"a {thing}", seed) for thing in ("star", "house") for seed in range(10)]
+
+
+def test_a_list_is_painted_to_the_last_byte_though_a_painter_is_killed(saved, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    settings = Sampling(steps=2)
+    alone = list(paint(saved, PICTURES, settings, store=here, batch_size=2))
+    with engine("local:2") as mapped:
+        ((victim, *_),) = [processes()]
+        painted = paint(saved, PICTURES, settings, store=there, batch_size=2, map=mapped)
+        together = list(islice(painted, 4))
+        os.kill(victim, signal.SIGKILL)
+        together += painted
+        assert all(x.equal(y) for x, y in zip(alone, together, strict=True))
+        assert pictures_in(here) == pictures_in(there) and len(pictures_in(there)) == 20
+
+        times = {path: path.stat().st_mtime_ns for path in there.glob("**/*.png")}
+        again = list(paint(saved, PICTURES, settings, store=there, map=_unasked))
+        assert all(x.equal(y) for x, y in zip(alone, again, strict=True))
+        more = [*PICTURES, Picture("a dog")]
+        asked = []
+        list(paint(saved, more, settings, store=there, map=_noting(asked, mapped)))
+        assert asked == [[Picture("a dog")]]
+    assert {p: p.stat().st_mtime_ns for p in times} == times and len(pictures_in(there)) == 21
+
+
+def _unasked(function, items):
+    raise AssertionError("a picture that is there was painted again")
+
+
+def _noting(asked, mapped):
+    def noting(function, items):
+        asked.extend(items)
+        return mapped(function, items)
+
+    return noting
+
+
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -248,6 +301,11 @@ def test_a_scheduler_file_that_outlived_its_scheduler_says_what_to_start(tmp_pat
     monkeypatch.setattr(engines, "PATIENCE", "1s")
     with pytest.raises(ConnectionError, match="no scheduler answers at tcp://127.0.0.1:9: start"):
         engine(path).__enter__()
+
+
+def test_a_scheduler_that_asks_for_a_certificate_is_not_called_without_one():
+    with pytest.raises(ValueError, match="tls://host:8786 asks for a certificate, and none is set"):
+        engine("tls://host:8786").__enter__()
 
 
 @contextmanager
