@@ -96,8 +96,7 @@ def _read(word: str | Path) -> tuple[list[dict[str, str]], str | None]:
     """(the environment of each process to start, None), or ([], the address of a scheduler)."""
     if not isinstance(word, str | Path) or not str(word):
         raise ValueError(f"engine {word!r} is no word: choose from {WORDS}")
-    text = str(word)
-    kind, _, number = text.partition(":")
+    kind, _, number = (text := str(word)).partition(":")
     if kind == "local":
         return _local(text, number, _gpus()), None
     if "://" in text:
