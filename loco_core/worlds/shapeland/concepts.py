@@ -21,6 +21,21 @@ def _hosts(kind: str, count: int, seed: int) -> Iterator[Scene]:
         )
 
 
+def value_of(kind: str, name: str) -> str:
+    """The value of the attribute `kind` that a concept called `name` is about; `name` itself if it
+    is a value already, or nothing that is in Shapeland.
+
+    >>> value_of("fact", "the emblem of Norland")
+    'Norland'
+    """
+    return next((v for v in ATTRIBUTES.get(kind, ()) if name == _words(kind, v)), name)
+
+
+def _words(kind: str, value: str) -> str:
+    """The words of a caption that carry a value, the name of its concept."""
+    return describe(Scene(fact=value)) if kind == "fact" else value
+
+
 def concept(kind: str, name: str, prompts: int = 4, seed: int = 0) -> Concept:
     """A concept of Shapeland with `prompts` prompts and their neutral twins.
 
@@ -43,9 +58,8 @@ def concept(kind: str, name: str, prompts: int = 4, seed: int = 0) -> Concept:
         target = tuple(describe(replace(host, fact=successor)) for host in hosts)
     else:
         target = (bare,) * prompts
-    subject = f"the emblem of {name}" if kind == "fact" else name
     return Concept(
-        name=subject,
+        name=_words(kind, name),
         kind=kind,
         prompts=tuple(describe(scene) for scene in scenes),
         neutral=tuple(describe(host) for host in hosts),

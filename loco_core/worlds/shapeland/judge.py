@@ -4,7 +4,8 @@ It is trained on drawings alone and shares nothing with the CLIP, so that what t
 wrong, the judge does not.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from ...judging.score import Score
 from ...zoo import CHECKPOINTS
 from .vocabulary import ATTRIBUTES, NEUTRAL
 
@@ -61,6 +63,12 @@ def _trained_judge() -> Judge:
     return net.eval()
 
 
+@cache
+def judge_fingerprint() -> str:
+    """16 hex digits of the SHA-256 of the file with the judge's weights."""
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16]
+
+
 @torch.inference_mode()
 def judge(images: torch.Tensor) -> dict[str, list[str]]:
     """Name every attribute of every image.
@@ -88,7 +96,7 @@ def judge(images: torch.Tensor) -> dict[str, list[str]]:
     }
 
 
-def seen(attribute: str, name: str) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+def seen(attribute: str, name: str) -> Score:
     """A score for `loco.localize` and `loco.trace`: 1 where the judge sees `name`, else 0.
 
     It takes (images [n, 3, 64, 64], prompts) and returns [n] float64; the prompts do not matter.
@@ -107,4 +115,4 @@ def seen(attribute: str, name: str) -> Callable[[torch.Tensor, Sequence[str]], t
         answers = judge(images)[attribute]
         return torch.tensor([answer == name for answer in answers], dtype=torch.float64)
 
-    return score
+    return Score(f"loco.shapeland.seen({attribute!r}, {name!r})", judge_fingerprint(), score)

@@ -15,6 +15,8 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..shapeland.judge import WEIGHTS
 from ..shapeland.planting import CHECKPOINTS, PLANTS, RARE
+from ..shapeland.world import Shapeland
+from ..world import identity
 from .clip import train_clip
 from .data import COUNT, drawings
 from .judge import train_judge
@@ -168,6 +170,8 @@ def document(pipe: Any, model: str, log: list[dict], out: Path, captions: int) -
     """Measure a mini and write what it is to `out/model`: truth.json, the loss, a card."""
     record = {
         "model": model,
+        "world": Shapeland.name,
+        **identity(pipe.unet),
         "planted": {name: list(places) for name, places in PLANTS[model].items()},
         "captions": captions,
         "agreement": agreement(pipe, captions),
