@@ -4,9 +4,10 @@
     loco edit mini-sd --window-from found --out gone
     loco generate mini-sd --edit gone --prompt "a red star by Mira Holt" --out pictures
 
-`options` says what can be asked, `report` what is printed, `command` what all commands have in
-common; `loco_core.files` makes the result folders. The commands are in `look`, `find`, `change` and
-`inside`; all they do is done by the library. Nothing heavy is imported before a command runs.
+`options` says what can be asked and `read` reads it, `report` says what is printed, `command` what
+all commands have in common; `loco_core.files` makes the result folders. The commands are in `look`,
+`find`, `change`, `inside` and `store`; all they do is done by the library. Nothing heavy is
+imported before a command runs.
 
 Exit codes: 0 done; 1 what was asked cannot be done; 2 the command line is wrong; 130 Ctrl-C.
 """
@@ -25,7 +26,7 @@ from .command import Call, app
 __all__ = ["app", "main"]
 
 # they register their commands, in the order of the help
-for _name in ("look", "find", "change", "inside"):
+for _name in ("look", "find", "change", "inside", "store"):
     import_module(f"{__name__}.{_name}")
 
 _PLAIN = (OSError, RuntimeError, TypeError, ValueError)  # their messages speak for themselves

@@ -10,6 +10,7 @@ from typer import Argument, BadParameter, Option
 import loco_core as loco
 
 from . import options as o
+from . import read
 from .command import Work, command
 from .report import Report, rows_of, save_sheet
 
@@ -59,11 +60,11 @@ def edit(
 
     Writes edit.safetensors, for `loco generate --edit`, `loco evaluate` and `loco lora`.
     """
-    chosen, meant = o.located(work.pipe, layers, window_from)
-    meant = meant if concept is None else o.concept_of(work.pipe, concept, prompts)
+    chosen, meant = read.located(work.pipe, layers, window_from)
+    meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
     if meant is None:
         raise BadParameter("name a --concept, or a --window-from whose concept is meant")
-    kept = o.lines(preserve or ()) + list(meant.neutral if preserve_neutral else ())
+    kept = read.lines(preserve or ()) + list(meant.neutral if preserve_neutral else ())
     kept += meant.renamed(preserve_name) if preserve_name else ()
     asked = {
         "layers": chosen,
@@ -72,8 +73,8 @@ def edit(
         "preserve": kept or None,
         "target": target and (target[0] if target in (["neutral"], ["target"]) else target),
     }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    made = _fitting(method, asked)(work.pipe, meant, **asked)
+    function, asked = _fitting(method, asked)
+    made = function(work.pipe, meant, **asked)
     made.save(work.folder / "edit.safetensors")
     seen = loco.diagnose(work.pipe, made)
     weights = rows_of(seen.to_frame().reset_index())
@@ -84,7 +85,7 @@ def edit(
     )
 
 
-@command("loco evaluate mini-sd gone --seeds 0 --steps 8 --no-rivals --out judged", sweeps=True)
+@command("loco evaluate mini-sd gone --seeds 0 --steps 8 --no-rivals --out judged", paints=True)
 def evaluate(
     work: Work,
     edit: Annotated[
@@ -102,7 +103,7 @@ def evaluate(
     guidance: o.Guidance = 7.5,
     prompts: o.Prompts = 12,
     clip: o.ClipName = None,
-    batch_size: o.Batch = 16,
+    batch_size: o.Batch = "fit",
 ) -> Report:
     """Measure what edits do and what they cost.
 
@@ -111,20 +112,20 @@ def evaluate(
     On a mini a judge says what is in a picture, elsewhere CLIP-Score. Writes the evaluation and
     images.png: a row per edit, the first without any, an image per group of probes.
     """
-    edits = {_name(path): o.load_edit(path) for path in edit}
+    edits = {_name(path): read.load_edit(path) for path in edit}
     if len(edits) < len(edit):
         raise ValueError(f"two of the edits have one name: {', '.join(edit)}; rename a folder")
     first = next(iter(edits.values()))
-    meant = _concept_of(first) if concept is None else o.concept_of(work.pipe, concept, prompts)
+    meant = _concept_of(first) if concept is None else read.concept_of(work.pipe, concept, prompts)
     found = loco.evaluate(
         work.pipe, first if len(edits) == 1 else edits, meant,
         probes=None if probes is None else _probes(probes), rivals=rivals,
-        clip=None if clip is None else o.load_clip(work.pipe, clip),
-        seeds=o.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
-        folder=work.parts,
+        clip=None if clip is None else read.load_clip(work.pipe, clip),
+        seeds=read.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
+        folder=work.parts, map=work.map,
     )  # fmt: skip
     found.save(work.folder)
-    save_sheet(work.folder / "images.png", found.images, found.images.shape[1])
+    save_sheet(work.folder / "images.png", found.images[:].flatten(0, -4), found.images.shape[1])
     summary = rows_of(found.summary().reset_index())
     return Report(
         {"concept": meant.name, "measure": "share, judged" if found.judged else "CLIP-Score"},
@@ -143,20 +144,19 @@ def lora(
 
     lora.safetensors, for diffusers and whatever else reads its files.
     """
-    made = o.load_edit(edit)
+    made = read.load_edit(edit)
     made.to_lora(work.folder / "lora.safetensors", work.pipe)
     return Report({"edit": repr(made), "weights": len(made.changes), "file": "lora.safetensors"})
 
 
-def _fitting(method: str, asked: dict[str, Any]) -> Any:
-    """The library's function for `method`; refuses options that it does not take."""
+def _fitting(method: str, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The library's function for `method`, and what to hand it; refuses what it does not take."""
     function = getattr(loco, METHODS[method])
     takes = inspect.signature(function).parameters
-    if wrong := [name for name in asked if name not in takes]:
-        raise BadParameter(f"--{wrong[0]} is not for --method {method}: leave it out")
+    asked = read.only_those(asked, takes, method)
     if "layers" not in asked and takes.get("layers", inspect).default is inspect.Parameter.empty:
         raise BadParameter(f"--method {method} needs --layers or --window-from")
-    return function
+    return function, asked
 
 
 def _name(path: str) -> str:
@@ -165,19 +165,16 @@ def _name(path: str) -> str:
 
 def _concept_of(made: Any) -> Any:
     """The concept that an edit was made from."""
-    from ..edits.edit import parts_of
-
-    named = [each for part in parts_of(made.provenance.settings) for each in part["concepts"]]
+    settings = made.provenance.settings
+    named = [each for part in loco.edits.edit.parts_of(settings) for each in part["concepts"]]
     if not named:
         raise BadParameter(f"{made!r} does not say what it removes: name the --concept")
     return loco.Concept(**named[0])
 
 
 def _probes(path: str) -> list[Any]:
-    from ..judging.probes import Probe
-
     try:
-        return [Probe(**row) for row in o.read(path)]
+        return [loco.judging.Probe(**row) for row in read.document(path)]
     except TypeError as error:
         raise ValueError(f"{path} is no list of probes: {error}") from None
 

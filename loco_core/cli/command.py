@@ -18,7 +18,10 @@ import loco_core as loco
 
 from ..files import MANIFEST, new_folder
 from . import options as o
+from . import read
 from .report import Report
+
+LOADING = ("model", "device", "dtype", "variant", "revision")
 
 app = typer.Typer(
     name="loco",
@@ -40,23 +43,34 @@ class Call:
 
 @dataclass(frozen=True)
 class Work:
-    """What a command works with: a pipeline, a folder to fill, and one for parts of a long run."""
+    """What a command works with.
+
+    pipe: a pipeline. folder: to fill. parts: a store for the pictures of a long run. map: who
+    paints them, see `painting.engine`.
+    """
 
     pipe: Any
     folder: Path
     parts: Path | None
+    map: Any = map
 
 
-def command(example: str, keeps: bool = True, sweeps: bool = False) -> Callable:
+def command(example: str, keeps: bool = True, paints: bool = False) -> Callable:
     """Make `body(work, *, own options)` -> Report a command, with the options that all have.
 
-    keeps: it has a result folder. sweeps: it can be resumed. example: ends its help.
+    keeps: it has a result folder. paints: it can be resumed, and an engine can do it. example: ends
+    its help.
     """
-    common: dict[str, tuple[Any, Any]] = {"device": (o.Device, None), "dtype": (o.Dtype, "float32")}
+    common: dict[str, tuple[Any, Any]] = {
+        "device": (o.Device, None),
+        "dtype": (o.Dtype, "float32"),
+        "variant": (o.Variant, None),
+        "revision": (o.Revision, None),
+    }
     if keeps:
         common |= {"out": (o.Out, ...), "force": (o.Force, False)}
-    if sweeps:
-        common |= {"resume": (o.Resume, False)}
+    if paints:
+        common |= {"engine": (o.Engine, None), "resume": (o.Resume, False)}
     common |= {"as_json": (o.Json, False), "quiet": (o.Quiet, False), "debug": (o.Debug, False)}
 
     def register(body: Callable[..., Report]) -> Callable[..., Report]:
@@ -69,9 +83,12 @@ def command(example: str, keeps: bool = True, sweeps: bool = False) -> Callable:
                 loco.progress(False)
             settings = {name: given[name] for name in names}
             out = given.get("out")
-            with _place(out, given.get("force"), given.get("resume")) as (folder, parts):
-                pipe = loaded(given["model"], given["device"], given["dtype"])
-                report = body(Work(pipe, folder, parts), **settings)
+            with (
+                _place(out, given.get("force"), given.get("resume")) as (folder, parts),
+                loco.painting.engine(given.get("engine")) as map,
+            ):
+                pipe = loaded(**{name: given[name] for name in LOADING})
+                report = body(Work(pipe, folder, parts, map), **settings)
                 if keeps:
                     (folder / "result.json").write_text(report.to_json() + "\n", "utf-8")
                     (folder / MANIFEST).write_text(_manifest(ctx, pipe, given) + "\n", "utf-8")
@@ -95,11 +112,11 @@ def register_as(name: str, text: str | None, example: str) -> Callable:
     return app.command(name, help=text, epilog=f"Example:\n\n\b\n{example}")
 
 
-def loaded(model: str, device: str | None, dtype: str) -> Any:
+def loaded(model: str, dtype: str, **asked: Any) -> Any:
     """The pipeline, as it was asked for."""
     import torch
 
-    return loco.load(model, device=device, dtype=getattr(torch, dtype))
+    return loco.load(model, dtype=getattr(torch, dtype), **asked)
 
 
 def show(report: Report, as_json: bool, out: Path | None = None) -> None:
@@ -140,5 +157,5 @@ def _manifest(ctx: typer.Context, pipe: Any, given: dict[str, Any]) -> str:
         "seconds": round(time.time() - call.started, 3),
     }
     if seeds := settings.get("seeds"):
-        told["seeds"] = o.numbers(seeds)
+        told["seeds"] = read.numbers(seeds)
     return json.dumps(told, indent=1, ensure_ascii=False, default=str)

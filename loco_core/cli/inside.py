@@ -7,13 +7,15 @@ from typer import BadParameter, Option
 import loco_core as loco
 
 from . import options as o
+from . import read
 from .command import Work, command
 from .report import Report, rows_of, save_sheet
 
 
 @command(
     'loco neurons mini-sd --concept "style:Mira Holt" --window-from found --top 30 --prompts 4 '
-    "--steps 8 --out neurons"
+    "--steps 8 --out neurons",
+    paints=True,
 )
 def neurons(
     work: Work,
@@ -34,7 +36,9 @@ def neurons(
     steps: o.Steps = 25,
     guidance: o.Guidance = 7.5,
     prompts: o.Prompts = 12,
-    batch_size: o.Batch = 16,
+    batch_size: o.Batch = "fit",
+    height: o.Height = None,
+    width: o.Width = None,
 ) -> Report:
     """Rank the neurons that tell a concept.
 
@@ -42,20 +46,21 @@ def neurons(
     Writes the ranking and images.png: a row without, a row with the first of them held. With --mode
     zero that is a change of weights, and edit.safetensors is written, too.
     """
-    from ..inside.neurons import ablation_curve
-
-    chosen, meant = o.located(work.pipe, layers, window_from)
-    meant = meant if concept is None else o.concept_of(work.pipe, concept, prompts)
+    chosen, meant = read.located(work.pipe, layers, window_from)
+    meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
     if meant is None or chosen is None:
         raise BadParameter("name a --concept and --layers, or a --window-from that has both")
     projections = ("to_k", "to_v") if where == "both" else (where,)
     ranked = loco.rank_neurons(work.pipe, meant, chosen, projections, token)
-    images = ablation_curve(
+    read.size(height, width)
+    images = loco.inside.neurons.ablation_curve(
         work.pipe, ranked, meant.prompts, [0, top], mode=mode,
-        seeds=o.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
+        seeds=read.numbers(seeds), steps=steps, guidance=guidance, height=height, width=width,
+        batch_size=batch_size, folder=work.parts, map=work.map,
     )  # fmt: skip
     ranked.save(work.folder)
-    save_sheet(work.folder / "images.png", images, images.shape[1] * images.shape[2])
+    columns = images.shape[1] * images.shape[2]
+    save_sheet(work.folder / "images.png", images.flatten(0, -4), columns)
     if mode == "zero" and top:
         ranked.edit(work.pipe, top).save(work.folder / "edit.safetensors")
     facts = {"concept": meant.name, "layers": chosen, "ranked": len(ranked), "held": top}
@@ -88,7 +93,7 @@ def attribute(
     steps: o.Steps = 25,
     guidance: o.Guidance = 3.0,
     prompts: o.Prompts = 4,
-    batch_size: o.Batch = 4,
+    batch_size: Annotated[int, Option(help="Images at a time.")] = 4,
     keep: Annotated[
         bool, Option("--keep", help="Save all scores, too: as large as the weights, twice.")
     ] = False,
@@ -99,9 +104,9 @@ def attribute(
     that serve the concept most, or to amplify it those that hold it back.
     """
     parts = loco.attribute(
-        work.pipe, o.concept_of(work.pipe, concept, prompts), where=where, objective=objective,
-        against=against, preserve=o.lines(preserve or ()), images=image and o.pictures(image),
-        seeds=o.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
+        work.pipe, read.concept_of(work.pipe, concept, prompts), where=where, objective=objective,
+        against=against, preserve=read.lines(preserve or ()), images=image and read.pictures(image),
+        seeds=read.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
     )  # fmt: skip
     made = getattr(parts, objective)(ratio, quota=quota)
     made.save(work.folder / "edit.safetensors")

@@ -1,5 +1,7 @@
 """Commands that look: which models there are, what they are made of, what they paint."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 from typer import Option
@@ -7,6 +9,7 @@ from typer import Option
 import loco_core as loco
 
 from . import options as o
+from . import read
 from .command import Work, command, register_as, show
 from .report import Report, save_image, save_sheet
 
@@ -16,16 +19,14 @@ def models(as_json: o.Json = False, debug: o.Debug = False) -> None:
 
     With the text layers in which each attribute was planted.
     """
-    from ..worlds.shapeland.planting import PLANTS, RARE
-
-    rows = []
+    rows, rare = [], loco.shapeland.planting.RARE
     for name in loco.zoo.minis():
         files = [path for path in (loco.zoo.CHECKPOINTS / name).rglob("*") if path.is_file()]
-        plant = PLANTS.get(name, {})
+        plant = loco.shapeland.planting.PLANTS.get(name, {})
         told = "; ".join(f"{kind} {','.join(map(str, places))}" for kind, places in plant.items())
         size = round(sum(path.stat().st_size for path in files) / 1e6, 1)
-        rare = f"nothing; rarely shown: {', '.join(RARE[name])}" if name in RARE else "nothing"
-        rows.append({"model": name, "MB": size, "planted": told or rare})
+        none = f"nothing; rarely shown: {', '.join(rare[name])}" if name in rare else "nothing"
+        rows.append({"model": name, "MB": size, "planted": told or none})
     show(Report(tables={"models": rows}), as_json)
 
 
@@ -38,8 +39,8 @@ def layers(work: Work) -> Report:
 
     In the order they run, and on a planted mini with what was planted in them.
     """
-    kinds = loco.shapeland.ATTRIBUTES if o.on_shapeland(work.pipe) else ()
-    plant = {kind: o.planted(work.pipe, kind) or () for kind in kinds}
+    kinds = loco.shapeland.ATTRIBUTES if read.on_shapeland(work.pipe) else ()
+    plant = {kind: read.planted(work.pipe, kind) or () for kind in kinds}
     rows = []
     for layer in loco.text_layers(work.pipe):
         row: dict[str, Any] = {"layer": layer.index, "width": layer.width}
@@ -51,7 +52,7 @@ def layers(work: Work) -> Report:
 
 @command(
     'loco generate mini-sd --edit gone --prompt "a red star by Mira Holt" --steps 8 --out pictures',
-    sweeps=True,
+    paints=True,
 )
 def generate(
     work: Work,
@@ -62,26 +63,35 @@ def generate(
     steps: o.Steps = 25,
     guidance: o.Guidance = 7.5,
     negative_prompt: Annotated[str | None, Option(help="What to steer away from.")] = None,
-    batch_size: o.Batch = 16,
+    batch_size: o.Batch = "fit",
+    height: o.Height = None,
+    width: o.Width = None,
 ) -> Report:
     """Paint prompts, with an edit or without.
 
     Writes images/, a PNG per prompt and seed, and images.png, a row per prompt.
     """
-    from contextlib import nullcontext
+    change = None if edit is None else read.load_edit(edit)
+    prompts = loco.families.base.checked_prompts(read.lines(prompt))
+    numbers = loco.painting.picture.checked_seeds(read.numbers(seeds))
+    rows = [
+        {"file": f"images/{p:03d}-seed-{seed}.png", "seed": seed, "prompt": text}
+        for p, text in enumerate(prompts)
+        for seed in numbers
+    ]
+    sampling = loco.painting.Sampling(
+        steps, guidance, negative_prompt, size=read.size(height, width)
+    )
 
-    change = None if edit is None else o.load_edit(edit)
-    prompts, numbers = o.lines(prompt), o.numbers(seeds)
+    def painted() -> Iterator[Any]:
+        wanted = [loco.painting.Picture(row["prompt"], row["seed"]) for row in rows]
+        stream = loco.painting.paint(
+            work.pipe, wanted, sampling, store=work.parts, batch_size=batch_size, map=work.map
+        )
+        for row, pixels in zip(rows, stream, strict=True):
+            save_image(work.folder / row["file"], pixels)
+            yield pixels
+
     with nullcontext() if change is None else change.applied(work.pipe, scale):
-        images = loco.generate(
-            work.pipe, prompts, numbers, steps, guidance,
-            negative_prompt=negative_prompt, batch_size=batch_size, folder=work.parts,
-        )  # fmt: skip
-    save_sheet(work.folder / "images.png", images, len(numbers))
-    rows = []
-    for p, text in enumerate(prompts):
-        for image, seed in zip(images[p], numbers, strict=True):
-            file = f"images/{p:03d}-seed-{seed}.png"
-            save_image(work.folder / file, image)
-            rows.append({"file": file, "seed": seed, "prompt": text})
+        save_sheet(work.folder / "images.png", painted(), len(numbers))
     return Report({} if change is None else {"edit": repr(change.scaled(scale))}, {"images": rows})

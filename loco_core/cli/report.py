@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 LINES = 20  # of a table that are printed
 TILE = 256  # pixels: larger images are reduced on a sheet
+GAP = 2  # pixels between them
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,42 @@ class Report:
         return "\n".join(lines)
 
 
-def save_image(path: Path, image: Any) -> None:
-    """Write one image, [3, H, W] in [0, 1], to a PNG."""
+def save_image(path: Path, pixels: Any) -> None:
+    """Write one image, [3, H, W] uint8, to a PNG."""
+    path.parent.mkdir(exist_ok=True)
+    _image(pixels).save(path)
+
+
+def save_sheet(path: Path, images: Iterable[Any], columns: int) -> None:
+    """Write images, [3, H, W] uint8 or in [0, 1], to one PNG, row by row, large ones reduced.
+
+    They are taken one by one, and only the reduced ones are held.
+    """
     from PIL import Image
 
-    path.parent.mkdir(exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    Image.fromarray(pixels.cpu().numpy()).save(path)
+    tiles = [_reduced(_image(image)) for image in images]
+    width, height = (max(side) + GAP for side in zip(*(x.size for x in tiles), strict=True))
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * width - GAP, rows * height - GAP), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * height))
+    sheet.save(path)
 
 
-def save_sheet(path: Path, images: Any, columns: int) -> None:
-    """Write images [..., 3, H, W] in [0, 1] to one PNG, row by row, large ones reduced."""
-    from torch import from_numpy
-    from torch.nn.functional import interpolate
+def _image(pixels: Any) -> Any:
+    from PIL import Image
 
-    from ..display import contact_sheet
+    if pixels.is_floating_point():
+        pixels = pixels.clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
-    tiles = images.flatten(0, -4)
-    if (largest := max(tiles.shape[-2:])) > TILE:
-        tiles = interpolate(tiles, scale_factor=TILE / largest, mode="area")
-    save_image(path, from_numpy(contact_sheet(tiles, columns)))
+
+def _reduced(image: Any) -> Any:
+    from PIL.Image import Resampling
+
+    share = TILE / max(image.size)
+    smaller = [max(1, round(side * share)) for side in image.size]
+    return image if share >= 1 else image.resize(smaller, Resampling.BOX)
 
 
 def rows_of(frame: Any) -> list[dict[str, Any]]:
