@@ -11,6 +11,7 @@ import torch
 from conftest import build_tiny_sd
 
 import loco_core as loco
+from loco_core import records
 from loco_core.closed_form.solver import fit
 from loco_core.edits.edit import make_edit
 from loco_core.edits.low_rank import LowRankMap
@@ -195,7 +196,7 @@ def test_edit_made_before_another_was_applied_is_refused_on_top_of_it(pipe):
 
 def test_edit_for_another_model_is_refused_with_both_names(pipe):
     edit, other = some_edit(pipe), build_tiny_sd(seed=3)
-    other.register_to_config(_name_or_path="someone/else")
+    records.remember(other, records.Source("someone/else"))
     before = weights(other)
     with pytest.raises(ValueError, match="made for other weights than those of this someone/else"):
         edit.apply(other)

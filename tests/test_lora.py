@@ -13,6 +13,7 @@ from conftest import build_tiny_sd, text_settings
 from safetensors import safe_open
 
 import loco_core as loco
+from loco_core import records
 from loco_core.closed_form.solver import fit
 from loco_core.edits import lora
 from loco_core.edits.edit import make_edit
@@ -355,7 +356,7 @@ def test_file_holds_a_lora_for_each_weight_and_says_what_it_is(pipe, tmp_path):
 
 def test_other_model_is_refused(pipe, tmp_path):
     edit, other = some_edit(pipe), build_tiny_sd(seed=3)
-    other.register_to_config(_name_or_path="someone/else")
+    records.remember(other, records.Source("someone/else"))
     with pytest.raises(ValueError, match="made for other weights than those of this someone/else"):
         edit.to_lora(tmp_path / "edit", other)
     other.unet.mid_block = torch.nn.Identity()

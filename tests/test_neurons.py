@@ -334,8 +334,11 @@ def test_a_pipeline_that_would_ignore_the_hooks_is_refused(neurons):
     with pytest.raises(ValueError, match="unfuse_qkv_projections"), neurons.ablated(pipe, 5):
         pass
     pipe = build_tiny_sd()
+    pipe.unet.forward = lambda: None  # runs, and none of its projections does
     with pytest.raises(RuntimeError, match="did not run"), neurons.ablated(pipe, 5):
-        pass
+        pipe.unet()
+    with neurons.ablated(build_tiny_sd(), 5):
+        pass  # nothing was painted, so nothing was missed
 
 
 def test_on_the_planted_model_top_neurons_erase_more_than_random_ones():

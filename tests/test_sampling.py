@@ -16,11 +16,15 @@ from diffusers import (
 
 import loco_core as loco
 from loco_core import records
+from loco_core.families import family_of
 from loco_core.interventions.routing import windows
-from loco_core.painting import paint as sampling
+from loco_core.painting import Picture, Sampling, brush
+from loco_core.painting.batch import paint_batch
 
 PROMPTS = ["a house by Van Gogh", "a red tree"]
 FAST = dict(steps=3)
+BYTE = 0.5 / 255 + 1e-4  # generate() rounds to the 8-bit grid
+STEP = 1.1 / 255  # of the 8-bit grid
 
 
 def by_hand(pipe, prompt, seed, steps=3, guidance=7.5):
@@ -46,14 +50,14 @@ def test_images_are_those_of_the_pipeline_under_its_own_scheduler(scheduler):
     assert images.min() >= 0 and images.max() <= 1
     for p, prompt in enumerate(PROMPTS):
         for s, seed in enumerate([3, 5]):
-            assert torch.allclose(images[p, s], by_hand(pipe, prompt, seed), atol=1e-4)
+            assert torch.allclose(images[p, s], by_hand(pipe, prompt, seed), atol=BYTE)
 
 
 def test_images_of_a_pipeline_that_predicts_v_are_its_own():
     pipe = build_tiny_sd2()
     images = loco.generate(pipe, PROMPTS, seeds=[3], **FAST)
     for image, prompt in zip(images[:, 0], PROMPTS, strict=True):
-        assert torch.allclose(image, by_hand(pipe, prompt, 3), atol=1e-4)
+        assert torch.allclose(image, by_hand(pipe, prompt, 3), atol=BYTE)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
     other = loco.generate(pipe, PROMPTS, seeds=[3], **FAST)
     assert (images - other).abs().max() > 1e-2  # so the prediction type was obeyed
@@ -75,9 +79,9 @@ def test_a_routed_batch_of_other_models_equals_one_row_at_a_time(build):
     run = dict(seeds=[0], steps=3, sources=prompts)
     whole = loco.generate(pipe, prompts[:1] * len(src), routes=src, **run)
     single = [loco.generate(pipe, prompts[:1], routes=row[None], **run)[0] for row in src]
-    assert (whole - torch.stack(single)).abs().max() <= 1e-4
+    assert (whole - torch.stack(single)).abs().max() <= STEP
     for row, prompt in zip(whole[:2, 0], prompts, strict=True):
-        assert torch.allclose(row, by_hand(pipe, prompt, 0), atol=1e-4)
+        assert torch.allclose(row, by_hand(pipe, prompt, 0), atol=BYTE)
     assert (whole[2:] - whole[0]).abs().amax((1, 2, 3, 4)).min() > 1e-4
 
 
@@ -90,8 +94,8 @@ def test_an_image_does_not_depend_on_its_batch(tiny_sd):
     whole = loco.generate(tiny_sd, PROMPTS, seeds=range(3), **FAST)
     alone = loco.generate(tiny_sd, PROMPTS[1:], seeds=[2], batch_size=1, **FAST)
     in_pairs = loco.generate(tiny_sd, PROMPTS, seeds=range(3), batch_size=2, **FAST)
-    assert torch.allclose(whole[1, 2], alone[0, 0], atol=1e-4)
-    assert torch.allclose(whole, in_pairs, atol=1e-4)
+    assert torch.allclose(whole[1, 2], alone[0, 0], atol=STEP)
+    assert torch.allclose(whole, in_pairs, atol=STEP)
     assert (whole[0, 0] - whole[0, 1]).abs().max() > 1e-2
 
 
@@ -104,7 +108,7 @@ def test_the_same_call_gives_the_same_bits(tiny_sd):
 def test_guidance_is_the_pipelines(tiny_sd, guidance):
     images = loco.generate(tiny_sd, PROMPTS[:1], seeds=[4], steps=3, guidance=guidance)
     wanted = by_hand(tiny_sd, PROMPTS[0], 4, guidance=guidance)
-    assert torch.allclose(images[0, 0], wanted, atol=1e-4)
+    assert torch.allclose(images[0, 0], wanted, atol=BYTE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
@@ -118,15 +122,15 @@ def test_a_routed_batch_equals_one_window_at_a_time(tiny_sd, guidance):
         loco.generate(tiny_sd, prompts[:1], routes=row[None], batch_size=1, **settings)[0]
         for row in src
     ]
-    assert (whole - torch.stack(single)).abs().max() <= 1e-4
+    assert (whole - torch.stack(single)).abs().max() <= STEP
     plain = loco.generate(tiny_sd, prompts, [0], steps=4, guidance=guidance)
-    assert torch.allclose(whole[:2], plain, atol=1e-4)  # never and always replaced
+    assert torch.allclose(whole[:2], plain, atol=STEP)  # never and always replaced
     assert (whole[2:] - plain[0]).abs().amax((1, 2, 3, 4)).min() > 1e-4
 
 
 def test_routes_index_the_prompts_unless_sources_are_named(tiny_sd):
     swapped = loco.generate(tiny_sd, PROMPTS, [0], routes=[[1] * 16, [0] * 16], **FAST)
-    assert torch.allclose(swapped.flip(0), loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=1e-4)
+    assert torch.allclose(swapped.flip(0), loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=STEP)
 
 
 def test_only_the_conditional_half_is_routed(tiny_sd):
@@ -136,14 +140,14 @@ def test_only_the_conditional_half_is_routed(tiny_sd):
         tiny_sd, both[:1], [0], routes=[[1] * 16], sources=both, negative_prompt=both[1], **FAST
     )
     unguided = loco.generate(tiny_sd, both[1:], [0], guidance=1.0, **FAST)
-    assert torch.allclose(images, unguided, atol=1e-4)
+    assert torch.allclose(images, unguided, atol=STEP)
 
 
 def test_float64_starts_from_the_same_noise(tiny_sd):
     double = build_tiny_sd().to(torch.float64)
     images = loco.generate(double, PROMPTS, [0], **FAST)
     assert images.dtype == torch.float32
-    assert torch.allclose(images, loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=1e-3)
+    assert torch.allclose(images, loco.generate(tiny_sd, PROMPTS, [0], **FAST), atol=STEP)
 
 
 def test_the_pipeline_is_left_as_it_was():
@@ -183,12 +187,13 @@ def test_a_subclassed_pipeline_is_called_itself(tiny_sd):
 
     dark = Dark(**tiny_sd.components, requires_safety_checker=False)
     images = loco.generate(dark, PROMPTS, [0], **FAST)
-    assert torch.equal(images, loco.generate(tiny_sd, PROMPTS, [0], **FAST) / 2)
+    bright = loco.generate(tiny_sd, PROMPTS, [0], **FAST)
+    assert torch.allclose(images, bright / 2, atol=STEP) and images.max() <= 0.51
 
 
 def killed_after(batches, monkeypatch):
     """Let `batches` batches through, then die as if Ctrl-C was pressed."""
-    real, calls = sampling.sample_batch, []
+    real, calls = brush.paint_batch, []
 
     def sample(*args):
         if len(calls) == batches:
@@ -196,7 +201,7 @@ def killed_after(batches, monkeypatch):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(sampling, "sample_batch", sample)
+    monkeypatch.setattr(brush, "paint_batch", sample)
     return calls
 
 
@@ -211,34 +216,38 @@ def test_a_killed_run_goes_on_with_the_same_result(tiny_sd, tmp_path, monkeypatc
         calls = killed_after(99, patch)
         assert torch.equal(loco.generate(tiny_sd, PROMPTS, folder=tmp_path, **run), wanted)
         assert len(calls) == 1  # of three batches, two were finished
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in tmp_path.glob("??/*") if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("change", [
     dict(steps=2), dict(seeds=[0, 2]), dict(guidance=2.0), dict(routes=[[1] * 16] * 2),
-    dict(negative_prompt="a dog"), dict(batch_size=1), dict(prompts=["a dog", "a cat"]),
+    dict(negative_prompt="a dog"), dict(prompts=["a dog", "a cat"]), dict(eta=1.0),
 ], ids=lambda change: next(iter(change)))  # fmt: skip
-def test_a_folder_with_another_run_is_refused(tiny_sd, tmp_path, change):
-    run = dict(prompts=PROMPTS, seeds=[0, 1], steps=1, folder=tmp_path)
-    loco.generate(tiny_sd, **run)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="holds another run, which differs in"):
-        loco.generate(tiny_sd, **run | change)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+def test_another_run_may_share_a_folder_and_gets_its_own_pictures(tiny_sd, tmp_path, change):
+    run = dict(prompts=PROMPTS, seeds=[0, 1], steps=1)
+    first = loco.generate(tiny_sd, **run, folder=tmp_path)
+    other = loco.generate(tiny_sd, **run | change, folder=tmp_path)
+    assert torch.equal(other, loco.generate(tiny_sd, **run | change))
+    assert torch.equal(loco.generate(tiny_sd, **run, folder=tmp_path), first)
 
 
-def test_another_models_folder_and_damaged_parts_are_refused(tiny_sd, tmp_path):
-    run = dict(prompts=PROMPTS, seeds=[0], steps=1, folder=tmp_path)
-    loco.generate(tiny_sd, **run)
-    with pytest.raises(ValueError, match="differs in fingerprint"):
-        loco.generate(build_tiny_sd(seed=1), **run)
-    (part,) = tmp_path.glob("part-*")
-    part.write_bytes(part.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="part-00000.safetensors is damaged.*delete it"):
-        loco.generate(tiny_sd, **run)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json is damaged"):
-        loco.generate(tiny_sd, **run)
+def test_numbers_of_numpy_are_numbers(tiny_sd):
+    import numpy as np
+
+    wanted = loco.generate(tiny_sd, PROMPTS, [3], steps=2, guidance=3.0, batch_size=1)
+    asked = dict(steps=np.int64(2), guidance=np.float32(3), batch_size=np.int32(1))
+    assert torch.equal(loco.generate(tiny_sd, PROMPTS, np.array([3]), **asked), wanted)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_before_rounding_a_routed_batch_is_one_row_at_a_time_to_1e_4(tiny_sd, guidance):
+    model, sampling = family_of(tiny_sd), Sampling(steps=4, guidance=guidance)
+    rows = [(), *[tuple(row.nonzero().flatten().tolist()) for row in windows(16, 2)]]
+    listed = [Picture(PROMPTS[0], 0, tuple((k, "a house") for k in row)) for row in rows]
+    whole = paint_batch(model, listed, sampling)
+    single = torch.cat([paint_batch(model, [picture], sampling) for picture in listed])
+    assert (whole - single).abs().max() <= 1e-4
+    assert (whole[1:] - whole[0]).abs().amax((1, 2, 3)).min() > 1e-4
 
 
 BAD = {

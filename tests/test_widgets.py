@@ -15,6 +15,7 @@ from loco_core.display.live.jobs import Cancelled, Job, take_turns_with_cells
 from loco_core.display.live.results import Results, eight_bit
 from loco_core.display.plots import contact_sheet
 from loco_core.display.widgets import data_uri
+from loco_core.interventions.active import ours
 
 PROMPTS = ["a house by van gogh", "a red cat"]
 GOGH = loco.Concept("van gogh", "style", ["a house by van gogh"], ["a house"])
@@ -25,9 +26,8 @@ STEPS = 3
 def calls(tiny_sd):
     """Of the UNet, so far: a list with the thread of each."""
     seen = []
-    handle = tiny_sd.unet.register_forward_pre_hook(
-        lambda *_: seen.append(threading.current_thread())
-    )
+    note = ours(lambda *_: seen.append(threading.current_thread()))  # it only looks
+    handle = tiny_sd.unet.register_forward_pre_hook(note)
     yield seen
     handle.remove()
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from .. import zoo
-from ..families import family_of
+from ..families import Model, family_of
 from ..interventions.active import reopened
 from ..records import Source, model_name, source_of
 from .brush import painted
@@ -51,6 +51,10 @@ class Order:
         return cls(source, scheduler, reopened(pipe), kept, sealed(state), sampling, store)
 
 
+#: Seals of the orders whose state was found here, on the pipeline that is loaded.
+_known: set[str] = set()
+
+
 def paint_there(order: Order, batch: Sequence[Picture]) -> int:
     """Paint a batch into the store of `order`, in the process that calls this; how many it were.
 
@@ -63,14 +67,9 @@ def paint_there(order: Order, batch: Sequence[Picture]) -> int:
     with ExitStack() as stack:
         for context in order.contexts:
             stack.enter_context(context(pipe))
-        state = state_of(model, order.store.tag)
-        if sealed(state) != order.seal:
-            here = {k: sealed({"": v}) for k, v in state.items()}
-            raise ValueError(
-                f"{model_name(pipe)} as another process loads it differs in "
-                f"{', '.join(differences(here, dict(order.state)))} from the pipeline that was "
-                "passed: save that one, pipe.save_pretrained(folder), and pass loco.load(folder)"
-            )
+        if order.seal not in _known:  # one pass over the weights an order, not one a batch
+            _check(model, order)
+            _known.add(order.seal)
         keys = {p: order.store.key(order.seal, order.sampling, p) for p in batch}
         missing = [p for p in batch if not order.store.has(keys[p])]
         if missing:
@@ -78,10 +77,24 @@ def paint_there(order: Order, batch: Sequence[Picture]) -> int:
     return len(batch)
 
 
+def _check(model: Model, order: Order) -> None:
+    state = state_of(model, order.store.tag)
+    if sealed(state) != order.seal:
+        here = {k: sealed({"": v}) for k, v in state.items()}
+        raise ValueError(
+            f"{model_name(model.pipe)} as another process loads it differs in "
+            f"{', '.join(differences(here, dict(order.state)))} from the pipeline that was "
+            "passed: save that one, pipe.save_pretrained(folder), and pass loco.load(folder)"
+        )
+
+
 @lru_cache(maxsize=1)
 def _loaded(source: Source) -> Any:
+    _known.clear()
+    # a worker sees one GPU, its own, whichever the caller's was
+    device = "cuda" if source.device is not None and source.device.type == "cuda" else source.device
     return zoo.load(
-        source.folder or source.name, device=source.device, dtype=source.dtype,
+        source.folder or source.name, device=device, dtype=source.dtype,
         revision=None if source.folder else source.revision, variant=source.variant,
     )  # fmt: skip
 
