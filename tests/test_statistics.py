@@ -209,13 +209,14 @@ def test_few_prompts_are_tested_by_pictures_and_said_so():
 # max-T
 
 
-def slow(differences, studentized=False):
+def slow(differences, pooled=1 / 3):
     """Adjusted p of Westfall and Young, by loops over flips and items, in pure Python."""
     rows = [[float(x) for x in row] for row in differences]
     n = len(rows[0])
-    if studentized:
-        sizes = [math.sqrt(math.fsum(x * x for x in row)) or 1.0 for row in rows]
-        rows = [[x / size for x in row] for row, size in zip(rows, sizes, strict=True)]
+    own = [math.fsum(x * x for x in row) / n for row in rows]
+    typical = sorted(own)[(len(own) - 1) // 2]
+    rows = [[x / math.sqrt((1 - pooled) * m + pooled * typical) for x in row]
+            for row, m in zip(rows, own, strict=True)]  # fmt: skip
     seen = [math.fsum(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -seen[i])
     counts = [0] * len(rows)
@@ -229,12 +230,12 @@ def slow(differences, studentized=False):
     return p
 
 
-@pytest.mark.parametrize("studentized", [False, True])
+@pytest.mark.parametrize("pooled", [0, 1 / 3, np.float64(0.5), 1])
 @pytest.mark.parametrize("items, n", [(1, 3), (4, 5), (6, 8), (3, 10)])
-def test_p_is_that_of_all_sign_flips_one_by_one(items, n, studentized):
+def test_p_is_that_of_all_sign_flips_one_by_one(items, n, pooled):
     differences = normal(items, n, seed=items) + torch.linspace(0, 2, items)[:, None]
-    found = max_t(differences, studentized=studentized)
-    assert found.p.tolist() == pytest.approx(slow(differences, studentized), abs=1e-12)
+    found = max_t(differences, pooled=pooled)
+    assert found.p.tolist() == pytest.approx(slow(differences, pooled), abs=1e-12)
     assert found.effects.tolist() == pytest.approx(differences.mean(1).tolist())
     assert found.best == int(differences.mean(1).argmax()) and found.n == n
 
@@ -292,11 +293,11 @@ def silent_world(items, n, seed):
     return (normal(1, n, seed=10_000 + seed) - normal(items, n, seed=seed)) * 2
 
 
-@pytest.mark.parametrize("studentized", [False, True])
-@pytest.mark.parametrize("items, n", [(15, 8), (66, 16), (66, 6)])
-def test_nothing_is_found_where_nothing_is(items, n, studentized):
+@pytest.mark.parametrize("pooled", [0, 1 / 3, 1])
+@pytest.mark.parametrize("items, n", [(15, 8), (66, 10), (66, 6)])
+def test_nothing_is_found_where_nothing_is(items, n, pooled):
     """500 worlds at level 0.05: up to 38 (two and a half standard errors above 25)."""
-    worlds = [max_t(silent_world(items, n, s), studentized=studentized) for s in range(500)]
+    worlds = [max_t(silent_world(items, n, s), pooled=pooled) for s in range(500)]
     assert sum(world.verdict == "found" for world in worlds) <= 38
     ends = torch.tensor([world.held_back[1:] for world in worlds])
     assert 0.92 <= covered(ends, 0) <= 0.975
@@ -317,7 +318,7 @@ def planted(items, n, seed, effect=8.0, spread=3.0):
     return differences
 
 
-@pytest.mark.parametrize("items, n", [(15, 8), (66, 8), (227, 16)])
+@pytest.mark.parametrize("items, n", [(15, 8), (66, 8), (227, 10)])
 def test_a_planted_item_is_found_with_its_effect_and_margin(items, n):
     worlds = [max_t(planted(items, n, seed)) for seed in range(100)]
     assert sum(w.verdict == "found" and w.best == 5 for w in worlds) >= 97
@@ -326,10 +327,24 @@ def test_a_planted_item_is_found_with_its_effect_and_margin(items, n):
     assert sum(w.margin[1] > 0 for w in worlds) >= 70
 
 
-def test_means_find_more_than_t_where_effects_vary_and_units_are_few():
-    found = [sum(max_t(planted(66, 8, s), studentized=t).verdict == "found" for s in range(100))
-             for t in (False, True)]  # fmt: skip
-    assert found[0] >= found[1] + 15
+def test_the_typical_scale_finds_more_than_t_where_effects_vary_and_units_are_few():
+    found = [sum(max_t(planted(66, 8, s), pooled=p).verdict == "found" for s in range(100))
+             for p in (0, 1 / 3)]  # fmt: skip
+    assert found[1] >= found[0] + 15
+
+
+def test_the_own_scale_finds_more_than_means_where_one_item_is_noisy():
+    worlds = [planted(15, 8, seed) for seed in range(100)]
+    for world in worlds:
+        world[9] *= 8
+    found = [sum(bool(max_t(w, pooled=p).p[5] <= 0.05) for w in worlds) for p in (1, 1 / 3)]
+    assert found[1] >= found[0] + 15
+
+
+def test_items_that_never_vary_do_not_count_as_typical():
+    differences = torch.cat([torch.zeros(9, 8), planted(6, 8, 0)])
+    assert max_t(differences).p[:9].tolist() == [1.0] * 9
+    assert max_t(differences, pooled=1).verdict == "found"
 
 
 def test_smaller_effects_are_found_below_larger_ones():
@@ -337,8 +352,9 @@ def test_smaller_effects_are_found_below_larger_ones():
     differences = silent_world(40, 8, 0)
     differences[3] += 60
     differences[7] += 8
-    p = max_t(differences).p
-    assert (p <= 0.05).nonzero().flatten().tolist() == [3, 7]
+    for pooled in (1 / 3, 1):
+        p = max_t(differences, pooled=pooled).p
+        assert (p <= 0.05).nonzero().flatten().tolist() == [3, 7]
     flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=8)), dtype=torch.float64)
     one_step = ((differences @ flips.T).amax(0) >= differences[7].sum()).double().mean()
     assert one_step > 0.05
