@@ -1,5 +1,6 @@
 """The command line: every example of its help does what it says, and every refusal is one line."""
 
+import ast
 import io
 import json
 import os
@@ -10,35 +11,39 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
+import numpy
 import pytest
 import torch
 import yaml
 from conftest import build_tiny_sd
 from PIL import Image
-from safetensors.torch import save_file
 from typer.main import get_command
 
 import loco_core as loco
 from loco_core import cli
-from loco_core.cli import options
+from loco_core.cli import read, report
+from loco_core.files import MARK, claimed
 from loco_core.judging.probes import Probe
+from loco_core.painting import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = get_command(cli.app).commands
 STORY = [  # later ones use the results of earlier ones
     "models", "layers", "localize", "edit", "generate", "evaluate", "lora", "trace", "neurons",
-    "attribute",
+    "attribute", "store",
 ]  # fmt: skip
 FILES = {
-    "localize": ("localization.json", "localization.safetensors", "scores.png", "images.png"),
+    "localize": ("localization.safetensors", "scores.png", "images.png"),
     "edit": ("edit.safetensors",),
     "generate": ("images.png", *(f"images/000-seed-{seed}.png" for seed in range(4))),
     "evaluate": ("evaluation.safetensors", "images.png"),
     "lora": ("lora.safetensors",),
-    "trace": ("causal_trace.json", "causal_trace.safetensors", "effects.png"),
+    "trace": ("causal_trace.safetensors", "effects.png"),
     "neurons": ("neurons.safetensors", "images.png"),
     "attribute": ("edit.safetensors",),
 }
@@ -78,8 +83,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(home):
     """Name -> (exit code, standard output, standard error, arguments) of every example, with
-    --json. The default probes of `evaluate` are many, so it is asked two."""
+    --json. The default probes of `evaluate` are many, so it is asked two. `store` looks at one."""
     (home / "probes.json").write_text(json.dumps(list(map(vars, PROBES))))
+    Store("stars").write("0" * 64, torch.zeros(3, 8, 8, dtype=torch.uint8), model="mini-sd")
     found = {}
     for name in STORY:
         given = [*arguments(example(name)), "--json"]
@@ -138,14 +144,52 @@ def pipe_of():
 def test_no_example_leaves_anything_beside_its_folder(ran, home):
     assert {path.name for path in home.iterdir()} == {
         "probes.json", "found", "gone", "pictures", "judged", "gone-lora", "traced", "neurons",
-        "parts",
+        "parts", "stars",
     }  # fmt: skip
 
 
 def test_localize_finds_the_planted_layers(ran, home):
     told = json.loads(ran["localize"][1])
     assert told["layers"] == told["planted"] == loco.shapeland.truth("mini-sd")["style"]
+    assert told["verdict"] == "found" and told["p"] <= 0.05
+    assert told["best window"] == told["layers"]
     assert loco.Localization.load(home / "found").layers == tuple(told["layers"])
+
+
+def test_the_sheet_of_a_localization_is_read_from_its_pictures(ran, home):
+    found = loco.Localization.load(home / "found")
+    sheet = torch.from_numpy(numpy.array(Image.open(home / "found" / "images.png")))
+    sheet = sheet.permute(2, 0, 1)
+    assert sheet.shape == (3, 6 * 66 - 2, 17 * 66 - 2)
+    columns = [found.baseline.images, *found.images, found.neutral.images]
+    for number, images in enumerate(columns):
+        for p in range(6):
+            tile = sheet[:, p * 66 : p * 66 + 64, number * 66 : number * 66 + 64]
+            assert torch.equal(tile, images[p, 0].mul(255).round().byte())
+
+
+def test_too_few_pictures_are_undecided_and_name_no_layers(home):
+    code, out, err = run(shlex.split(f"{LOCALIZE} object:star --json --out few"))
+    told = json.loads(out)
+    assert code == 0 and "cannot decide" in err
+    assert (told["verdict"], told["layers"], len(told["best window"])) == ("undecided", [], 2)
+    assert (home / "few" / "scores.png").is_file()
+
+
+def test_tracing_is_a_method_of_localize(home):
+    code, out, err = run(
+        shlex.split(f"{LOCALIZE} object:star --method tracing --json --out restored")
+    )
+    told = json.loads(out)
+    assert code == 0, err
+    assert {"corrupted", "clean"} < set(told) and "nothing replaced" not in told
+    settings = loco.Localization.load(home / "restored").provenance.settings
+    assert settings["method"] == "tracing"
+
+
+def test_the_methods_offered_are_those_of_the_library():
+    offered, *_ = get_args(cli.find.localize.__annotations__["method"])
+    assert get_args(offered) == tuple(loco.localization.METHODS)
 
 
 def test_three_commands_take_the_style_out_of_the_pictures(ran, home):
@@ -231,6 +275,14 @@ def test_the_readme_tells_the_story_by_commands_that_run_here():
 
 
 @pytest.fixture(scope="module")
+def undecided(ran, home):
+    """The localization, as if no window had done anything."""
+    found = loco.Localization.load(home / "found")
+    same = found.reference.expand_as(found.scored).contiguous()
+    replace(found, scored=same).save(home / "nothing-found")
+
+
+@pytest.fixture(scope="module")
 def damaged(ran, home):
     """A copy of the edit with one bit changed."""
     data = bytearray((home / "gone" / "edit.safetensors").read_bytes())
@@ -260,6 +312,26 @@ GENERATE = 'generate mini-sd --prompt "a star" --steps 1 --seeds 0'
         ("evaluate mini-sd gone --concept object:star --out new", 1, "is no edit of 'star'"),
         (f"{GENERATE} --out new --steps 0", 1, "steps 0 is not a whole number"),
         (f"{GENERATE} --out new --device nowhere", 1, "nowhere"),
+        (f"{GENERATE} --out new --engine nowhere", 1, "engine 'nowhere' is no file and no word"),
+        (f"{GENERATE} --out new --seeds 0,0", 1, "seeds [0] are given twice"),
+        ("layers mini-sd --revision main", 1, "revision 'main' is for Hub ids"),
+        ("edit mini-sd --window-from nothing-found --out new", 1, "name them yourself"),
+        ("edit mini-sd --window-from nothing-found --out new", 1, "best window is --layers 0,1"),
+        ("neurons mini-sd --window-from nothing-found --out new", 1, "(verdict 'none', p = 1)"),
+        ("store no-such-folder", 1, "no-such-folder does not exist"),
+        ("store kept", 1, "kept is no store of pictures"),
+        ("store kept --prune --older-than 0", 1, "kept is no store of pictures"),
+        ("store gone", 1, "gone is no store of pictures"),
+        ("store stars --prune", 2, "--prune needs --model or --older-than"),
+        ("store stars --prune --dry-run", 2, "--prune needs --model or --older-than"),
+        ("store stars --model mini-sd", 2, "say what to --prune"),
+        ("store stars --dry-run", 2, "say what to --prune"),
+        (f"{GENERATE} --out new --height 64", 2, "--height and --width go together"),
+        (f"{LOCALIZE} object:star --width 64", 2, "--height and --width go together"),
+        (f"{GENERATE} --out new --batch-size 0", 2, "neither a number of images from 1 on nor"),
+        (f"{GENERATE} --out new --batch-size all", 2, "'all' is neither a number of images"),
+        (f"{LOCALIZE} object:star --method tracing --neutral twin", 2, "--neutral is not for"),
+        (f"{LOCALIZE} object:star --draws 2", 2, "--draws is not for --method locogen"),
         (f"{GENERATE}", 2, "Missing option '--out'"),
         (f"{GENERATE} --out new --seeds 0-x", 2, "'0-x' is not numbers and ranges"),
         (f"{GENERATE} --out new --seeds 3-1", 2, "'3-1' is not numbers and ranges"),
@@ -276,8 +348,11 @@ GENERATE = 'generate mini-sd --prompt "a star" --steps 1 --seeds 0'
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(line, code, reason, ran, home, damaged):
-    (home / "kept").mkdir(exist_ok=True)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    line, code, reason, ran, home, damaged, undecided
+):
+    (home / "kept" / "ab").mkdir(exist_ok=True, parents=True)
+    (home / "kept" / "ab" / "cat.png").write_bytes(b"mine")
     (home / "kept" / "diary.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
     found, out, err = run(shlex.split(line))
@@ -316,24 +391,198 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_batches_to_resume_from(tmp_p
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     parts = tmp_path / "out.parts"
-    while len(list(parts.glob("part-*"))) < 2 and process.poll() is None:
+    while len(list(parts.glob("??/*.png"))) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, b""), err.decode()
     assert err.decode().splitlines()[-1] == "error: interrupted"
     assert [path.name for path in tmp_path.iterdir()] == ["out.parts"]
-    finished = sorted(parts.glob("part-*"))
+    finished = [entry.path.stem for entry in Store(parts).entries()]
     assert 2 <= len(finished) < 24
 
     assert run(given)[0] == 1  # not unless told how to go on
-    assert run([*given, "--seeds", "0-9", "--resume"])[0] == 1  # that is another run
-    first = torch.zeros(1, 3, 64, 64)
-    save_file({"part": first}, finished[0])  # what is there is not made again
-    assert run([*given, "--resume"])[0] == 0
+    first = next(entry for entry in Store(parts).entries() if entry.facts["seed"] == 0)
+    blank = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    Store(parts).write(first.path.stem, blank, rows=1)  # what is there is not made again
+    assert run([*given, "--resume", "--batch-size", "5"])[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     made = [pixels(tmp_path / "out" / "images" / f"000-seed-{seed}.png") for seed in range(24)]
-    assert not made[0].any() and all(image.any() for image in made[1:])
+    wanted = loco.generate(pipe_of(), ["a star"], range(24), steps=1)[0]
+    assert not made[0].any() and torch.equal(torch.stack(made[1:]), wanted[1:])
+
+
+def test_a_sweep_that_failed_goes_on_from_its_pictures(tmp_path, monkeypatch):
+    given = [*shlex.split(f"{LOCALIZE} object:star"), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(loco.display, "score_curve", lambda *_, **__: 1 / 0)
+        code, _, err = run([*given, "--batch-size", "3"])
+    assert code == 1 and "--resume" in err
+    before = {entry.path.name for entry in Store(tmp_path / "out.parts").entries()}
+    assert len(before) == 17
+
+    def painted_again(*_, **__):
+        raise AssertionError("a picture was painted twice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", painted_again)
+        assert run([*given, "--resume"])[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_pictures_have_the_size_that_is_asked_for(tmp_path):
+    given = [
+        *shlex.split(GENERATE),
+        "--height",
+        "32",
+        "--width",
+        "64",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert run(given)[0] == 0
+    assert Image.open(tmp_path / "a" / "images" / "000-seed-0.png").size == (64, 32)
+    assert Image.open(tmp_path / "a" / "images.png").size == (64, 32)
+    given = [*shlex.split(LOCALIZE), "object:star", "--height", "32", "--width", "64", "--out"]
+    assert run([*given, str(tmp_path / "b")])[0] == 0
+    assert loco.Localization.load(tmp_path / "b").images.shape[-2:] == (32, 64)
+
+
+def test_an_engine_paints_the_same_pictures(tmp_path):
+    pytest.importorskip("distributed")
+    given = [*shlex.split(GENERATE), "--seeds", "0-3", "--batch-size", "2", "--out"]
+    assert run([*given, str(tmp_path / "here")])[0] == 0
+    assert run([*given, str(tmp_path / "there"), "--engine", "local:1"])[0] == 0
+    names = [f"images/000-seed-{seed}.png" for seed in range(4)]
+    here, there = (
+        [pixels(tmp_path / where / name) for name in names] for where in ("here", "there")
+    )
+    assert torch.equal(torch.stack(here), torch.stack(there))
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("models", "store")])
+def test_every_command_with_a_model_takes_a_variant_and_a_revision(name):
+    assert {"variant", "revision", "device", "dtype"} < {x.name for x in COMMANDS[name].params}
+
+
+PAINTS = {"generate", "localize", "trace", "evaluate", "neurons"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_whatever_paints_takes_an_engine_and_can_be_resumed(name):
+    options = {x.name: x for x in COMMANDS[name].params}
+    assert ({"engine", "resume", "batch_size"} <= set(options)) == (name in PAINTS)
+    assert ({"height", "width"} <= set(options)) == (name in PAINTS - {"evaluate"})
+    if name in PAINTS:
+        assert options["batch_size"].default == "fit"
+
+
+def test_a_variant_is_loaded(tmp_path):
+    build_tiny_sd().save_pretrained(tmp_path / "half", variant="fp16")
+    code, _, err = run(["layers", str(tmp_path / "half")])
+    assert code == 1 and "variant" in err
+    assert run(["layers", str(tmp_path / "half"), "--variant", "fp16"])[0] == 0
+
+
+DAY = 24 * 3600
+MINE = {"a": ("mini-sd", 40), "b": ("mini-sd", 1), "c": ("mini-sdxl", 40), "d": ("mini-sdxl", 1)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Four pictures of two models, two of each written 40 days ago, and a file that is not ours."""
+    kept = Store(tmp_path / "store")
+    for name, (model, days) in MINE.items():
+        blank = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        kept.write(name * 64, blank, model=model, prompt="a star", seed=0)
+        os.utime(kept.path(name * 64), (time.time() - days * DAY,) * 2)
+    (kept.folder / "aa" / "cat.png").write_bytes(b"mine")
+    return kept
+
+
+def held(kept):
+    assert (kept.folder / "aa" / "cat.png").read_bytes() == b"mine"
+    return {name for name in MINE if kept.has(name * 64)}
+
+
+def test_a_store_is_listed_by_model(store):
+    code, out, _ = run(["store", str(store.folder), "--json"])
+    told = json.loads(out)
+    assert (code, told["pictures"]) == (0, 4)
+    assert [(row["model"], row["pictures"], row["prompts"]) for row in told["models"]] == [
+        ("mini-sd", 2, 1),
+        ("mini-sdxl", 2, 1),
+    ]
+    size = sum(store.path(name * 64).stat().st_size for name in MINE)
+    assert told["MB"] == pytest.approx(size / 1e6, abs=1e-3)
+    for row in told["models"]:
+        assert row["first written"] < row["last written"]
+    assert held(store) == set(MINE)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        (["--model", "mini-sd"], "cd"),
+        (["--older-than", "30"], "bd"),
+        (["--model", "mini-sd", "--older-than", "30"], "bcd"),
+        (["--older-than", "0"], ""),
+        (["--model", "nobody"], "abcd"),
+        (["--model", "mini-sd", "--dry-run"], "abcd"),
+    ],
+)
+def test_pruning_deletes_what_was_named_and_nothing_else(store, given, left):
+    code, out, _ = run(["store", str(store.folder), "--prune", *given, "--json"])
+    told = json.loads(out)
+    assert code == 0 and held(store) == set(left)
+    assert told["pictures"] == len(left)
+    if "--dry-run" in given:
+        assert told["would be deleted"] == 2 and "deleted" not in told
+    else:
+        assert told["deleted"] == 4 - len(left)
+    assert run(["store", str(store.folder)])[0] == 0  # an empty one is still a store
+
+
+def test_a_damaged_picture_is_told_and_can_be_pruned(store):
+    store.path("a" * 64).write_bytes(b"cut off")
+    told = json.loads(run(["store", str(store.folder), "--json"])[1])
+    assert told["models"][0]["model"] == "damaged" and told["models"][0]["pictures"] == 1
+    assert run(["store", str(store.folder), "--prune", "--model", "damaged"])[0] == 0
+    assert held(store) == set("bcd")
+
+
+def test_a_store_that_a_run_is_at_work_in_is_not_pruned(store):
+    with claimed(store.folder):
+        code, _, err = run(["store", str(store.folder), "--prune", "--older-than", "0"])
+    assert code == 1 and "another run is at work" in err and held(store) == set(MINE)
+
+
+def test_a_store_in_a_folder_that_was_there_before_is_pruned_but_not_claimed(store):
+    (store.folder / MARK).unlink()
+    assert run(["store", str(store.folder), "--prune", "--model", "mini-sd"])[0] == 0
+    assert held(store) == set("cd") and not (store.folder / MARK).exists()
+
+
+def test_a_sheet_takes_pictures_one_by_one_and_reduces_large_ones(tmp_path):
+    def tiles():
+        for value in (0, 100, 200):
+            yield torch.full((3, 512, 1024), value, dtype=torch.uint8)
+
+    report.save_sheet(tmp_path / "sheet.png", tiles(), 2)
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (2 * 256 + 2, 2 * 128 + 2)
+    places = [(0, 0), (258, 0), (0, 130), (258, 130), (256, 0), (0, 128)]
+    assert [sheet.getpixel(at)[0] for at in places] == [0, 100, 200, 255, 255, 255]
+
+
+def test_no_command_hides_an_import_of_the_library():
+    for path in (ROOT / "loco_core" / "cli").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        functions = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
+        inner = [x for f in functions for x in ast.walk(f) if isinstance(x, ast.ImportFrom)]
+        names = [x.module for x in inner if x.level or x.module.startswith("loco_core")]
+        assert not names, f"{path.name}: {names}"
 
 
 def test_a_concept_in_a_file_and_a_model_in_a_folder(tmp_path, monkeypatch):
@@ -357,18 +606,18 @@ def test_a_concept_in_a_file_and_a_model_in_a_folder(tmp_path, monkeypatch):
 
 
 def test_outside_of_shapeland_a_name_means_the_prompts_of_the_papers(tiny_sd):
-    found = options.concept_of(tiny_sd, "style:Van Gogh", 12)
+    found = read.concept_of(tiny_sd, "style:Van Gogh", 12)
     assert found == loco.concepts.style("Van Gogh")
-    assert options.concept_of(tiny_sd, "object:house", 1) == loco.concepts.object("house")
+    assert read.concept_of(tiny_sd, "object:house", 1) == loco.concepts.object("house")
     with pytest.raises(ValueError, match="only style:NAME and object:NAME"):
-        options.concept_of(tiny_sd, "color:red", 1)
+        read.concept_of(tiny_sd, "color:red", 1)
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"), [("3", [3]), ("0-2", [0, 1, 2]), ("8, 9,1-2", [8, 9, 1, 2])]
 )
 def test_numbers_and_ranges_are_read(text, wanted):
-    assert options.numbers(text) == wanted
+    assert read.numbers(text) == wanted
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,10 @@ class Store:
         files.atomic_write(self.path(key), buffer.getvalue())
 
     def entries(self) -> Iterator[Entry]:
-        """Every picture of the store, the oldest first. A damaged file has no facts."""
-        found = [(p.stat().st_mtime, p) for p in self.folder.glob("??/*.png")]
+        """Every picture of the store, the oldest first. A damaged file has no facts; one that lies
+        where no picture of ours would is none."""
+        own = (path for path in self.folder.glob("??/*.png") if path == self.path(path.stem))
+        found = [(path.stat().st_mtime, path) for path in own]
         for written, path in sorted(found):
             try:
                 facts = self.facts(path.stem)
