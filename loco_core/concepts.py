@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_set = object.__setattr__  # below, `object` is the constructor of an object concept
 KINDS = ("style", "object", "color", "place", "action", "fact")
 
 STYLE_TEMPLATES = (
@@ -56,7 +55,7 @@ class Concept:
         for label in ("prompts", "neutral", "target"):
             value = getattr(self, label)
             if label != "target" or value is not None:
-                _set(self, label, self._listed(label, value))
+                super().__setattr__(label, self._listed(label, value))  # it is frozen
         if len(self.neutral) != len(self.prompts):
             raise ValueError(
                 f"concept {self.name!r} has {len(self.prompts)} prompts but {len(self.neutral)} "
@@ -69,7 +68,7 @@ class Concept:
                     f"{len(self.target)} targets: give one per prompt, or one for all"
                 )
             if len(self.target) == 1:
-                _set(self, "target", tuple(self.target) * len(self.prompts))
+                super().__setattr__("target", tuple(self.target) * len(self.prompts))
         elif self.kind == "fact":
             raise ValueError(f"fact {self.name!r} needs target=: prompts of the updated fact")
         for prompt in self.prompts:
@@ -95,9 +94,8 @@ class Concept:
         others = self._listed("others", others)
         if any(mentions(other, self.name) for other in others):
             raise ValueError(f"others {others} hold the concept {self.name!r} itself: leave it out")
-        name = re.compile(rf"(?<!\w){re.escape(self.name)}(?!\w)", re.IGNORECASE)
         return tuple(
-            name.sub(others[i % len(others)].replace("\\", r"\\"), prompt)
+            with_name(prompt, self.name, others[i % len(others)])
             for i, prompt in enumerate(self.prompts)
         )
 
@@ -118,9 +116,38 @@ class Concept:
         return value
 
 
+def word(name: str) -> re.Pattern[str]:
+    """What finds `name` in a prompt: whole words, case ignored.
+
+    concepts.word("red").search("a bored Red panda").span()  # (8, 11)
+    """
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+
+
 def mentions(prompt: str, name: str) -> bool:
     """Whether `name` stands in `prompt` as whole words, case ignored."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE) is not None
+    return word(name).search(prompt) is not None
+
+
+def with_article(name: str) -> str:
+    """`name` after "a", or "an" before a vowel."""
+    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
+
+
+def with_name(prompt: str, name: str, other: str) -> str:
+    """`prompt` with `other` in the place of `name`, a whole word or several.
+
+    An article right before the name goes with it, if it is the one that its first letter asks for.
+
+        concepts.with_name("a house, a red house", "house", "igloo")  # "an igloo, a red igloo"
+    """
+    either = f"{word(with_article(name)).pattern}|{word(name).pattern}"
+
+    def put(match: re.Match[str]) -> str:
+        found = match[0]
+        return other if found.lower() == name.lower() else found[0] + with_article(other)[1:]
+
+    return re.sub(either, put, prompt, flags=re.IGNORECASE)
 
 
 def style(artist: str, scenes: Sequence[str] = ()) -> Concept:
@@ -135,12 +162,15 @@ def style(artist: str, scenes: Sequence[str] = ()) -> Concept:
     return _from_pairs(artist, "style", pairs or _filled(STYLE_TEMPLATES, artist), "a painting")
 
 
-def object(name: str, article: str = "a") -> Concept:
+def object(name: str, article: str | None = None) -> Concept:
     """An object, by the prompts of the papers (arXiv 2405.01008).
+
+    article: by default "a" or "an".
 
     concepts.object("house").prompts[1]  # "an image of a house"
     """
-    pairs = _filled(OBJECT_TEMPLATES, f"{article} {name}".strip())
+    words = with_article(name) if article is None else f"{article} {name}".strip()
+    pairs = _filled(OBJECT_TEMPLATES, words)
     return _from_pairs(name, "object", pairs, "an image")
 
 

@@ -60,3 +60,26 @@ def test_every_constructor_makes_a_concept_of_its_kind():
     assert concepts.fact("the British Monarch", "Prince Charles").target == (
         "a photo of Prince Charles",
     )
+
+
+@pytest.mark.parametrize(
+    "prompt, renamed",
+    [
+        ("a Monet by monet, Monets", "a X by X, Monets"),
+        ("a Monet", "a X"),
+        (r"Monet\1 and (Monet)", r"X\1 and (X)"),
+    ],
+)
+def test_a_name_is_found_in_whole_words_whatever_its_case(prompt, renamed):
+    assert concepts.with_name(prompt, "Monet", "X") == renamed
+    assert concepts.mentions(prompt, "MONET") and not concepts.mentions(prompt, "Mone")
+    assert concepts.with_name(prompt, "Monet", r"\g<0>") == renamed.replace("X", r"\g<0>")
+
+
+def test_a_name_brings_its_article_unless_the_prompt_has_another():
+    assert concepts.with_name("A car, a red car", "car", "egg cup") == "An egg cup, a red egg cup"
+    assert concepts.with_name("an egg", "egg", "toy egg") == "a toy egg"
+    assert concepts.with_name("a hour", "hour", "igloo") == "an igloo"
+    assert concepts.with_name("a unicorn", "unicorn", "ibis") == "a ibis"
+    assert concepts.object("apple").prompts[1] == "an image of an apple"
+    assert concepts.object("hour", "an").renamed(["igloo"])[1] == "an image of an igloo"

@@ -7,12 +7,11 @@ there: other concepts of the kind, what else the same image shows, images that n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..concepts import Concept, mentions
+from ..concepts import Concept, mentions, with_article, with_name
 
 ASPECTS = ("efficacy", "generality", "specificity")
 
@@ -102,12 +101,12 @@ def probes_of(
     """
     name, kind = concept.name, concept.kind
     if not prompts:
-        pairs = [(p.format(name), twin) for p, twin in _EVERYDAY[kind]]
+        pairs = [(_filled(p, name), twin) for p, twin in _EVERYDAY[kind]]
         pairs = [pair for pair in pairs if pair[0] not in concept.prompts]
         prompts, neutral = [p for p, _ in pairs], [twin for _, twin in pairs]
     _check(concept, prompts, neutral, others)
     gone: dict[str, Any] = {"attribute": kind, "value": name, "wanted": False}
-    phrase = _PHRASES[kind].format(name)
+    phrase = _filled(_PHRASES[kind], name)
     found = [Probe(p, "efficacy", **gone) for p in prompts]
     for i, prompt in enumerate(prompts):
         reworded = _REWORDED[i % len(_REWORDED)].format(prompt)
@@ -145,9 +144,9 @@ def misspellings(name: str) -> tuple[str, ...]:
     return tuple(name[:start] + slip + name[start + len(word) :] for slip in wrong)
 
 
-def with_name(prompt: str, name: str, other: str) -> str:
-    """`prompt` with `other` in the place of `name`, a whole word or several."""
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: other, prompt, flags=re.IGNORECASE)
+def _filled(template: str, name: str) -> str:
+    """`template` with the name in it, and the article that the name asks for."""
+    return template.replace("a {}", with_article(name)).replace("{}", name)
 
 
 def _check(

@@ -5,7 +5,8 @@ from functools import cache
 from itertools import product
 from random import Random
 
-from ...judging.probes import Probe, misspellings, with_name
+from ...concepts import with_name
+from ...judging.probes import Probe, misspellings
 from .concepts import concept
 from .vocabulary import ATTRIBUTES, STYLE_TEMPLATES, Scene, describe, is_held_out
 
