@@ -10,11 +10,13 @@ from conftest import build_tiny_sd
 import loco_core as loco
 from loco_core import records
 from loco_core.closed_form.rivals import relocated
-from loco_core.concepts import mentions
+from loco_core.concepts import mentions, with_name
 from loco_core.edits.weights import projections
 from loco_core.judging.clip_score import Clip
 from loco_core.judging.probes import Probe, misspellings, probes_of
 from loco_core.statistics import wilson
+from loco_core.studies import evaluate
+from loco_core.studies.compare import rivals_of
 from loco_core.worlds.shapeland.vocabulary import ATTRIBUTES, Scene, describe, is_held_out
 
 MIRA = loco.shapeland.concept("style", "Mira Holt", 12)
@@ -144,6 +146,18 @@ def test_probes_that_would_ask_something_else_are_refused(given, reason):
         probes_of(STYLE, **given)
 
 
+def test_a_name_brings_its_article_along():
+    apple = loco.Concept("apple", "object", ["an image of an apple"], ["an image"], ["an image"])
+    asked = [probe.prompt for probe in probes_of(apple, others=["car", "egg"])]
+    assert {"an apple on a beach", "a car on a beach", "an egg on a beach"} <= set(asked)
+    assert "a poster of an apple" in asked
+    assert not any(f" {x} " in f" {p} " for p in asked for x in ("a apple", "an car", "a egg"))
+    assert (
+        with_name("A car, a red car, banana car", "car", "egg") == "An egg, a red egg, banana egg"
+    )
+    assert with_name("a unicorn", "unicorn", "ibis") == "a ibis"  # as the prompt has it
+
+
 def test_a_probe_belongs_to_an_aspect_and_asks_a_whole_question():
     with pytest.raises(ValueError, match="'misspelling' must begin with one of efficacy"):
         Probe("a star", "misspelling")
@@ -218,7 +232,8 @@ def test_the_located_edit_erases_and_the_same_edit_elsewhere_does_not(found):
     assert list(table.index) == ["no edit", "edit", "random window", "all layers"]
     assert table.efficacy["edit"] >= 0.8 and table.efficacy["all layers"] >= 0.8
     assert table.efficacy["random window"] <= 0.2 and table.efficacy["no edit"] <= 0.2
-    assert table["efficacy low"]["edit"] > table["efficacy high"]["random window"]
+    ends = found.to_frame().set_index(["edit", "group"])["change high"]
+    assert ends["edit", "efficacy"] < 0 <= ends["random window", "efficacy"]
     assert table.generality["edit"] > table.generality["random window"] + 0.4
     layers = found.provenance.settings["edits"]["random window"]["settings"]["layers"]
     assert len(layers) == 2 and layers[1] == layers[0] + 1 and not {8, 9} & set(layers)
@@ -279,7 +294,10 @@ def test_a_mini_brings_its_own_judge_and_probes_that_the_edit_has_not_seen(mini)
     made = loco.evaluate(mini, edit, concept, rivals=False, **FAST)
     assert made.probes == loco.shapeland.probes("fact", "Norland", exclude=[held])
     assert held not in {probe.prompt for probe in made.probes}
-    assert made.judged and made.provenance.settings["judge"] == "judge"
+    judge, score = (made.provenance.settings[k] for k in ("judge", "score"))
+    assert made.judged and judge == loco.worlds.world_of(mini).judge.to_json()
+    clip = loco.judging.clip_for(mini)  # answers for the neutral prompts
+    assert score == {"name": "CLIP-Score", "fingerprint": records.fingerprint(clip.model)}
     assert made.edits == ("no edit", "edit")
 
 
@@ -372,16 +390,59 @@ def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path):
             raise KeyboardInterrupt
         return tone(images)
 
+    def kept():
+        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+
     with pytest.raises(KeyboardInterrupt):
         loco.evaluate(pipe, edit, STYLE, judge=killed, folder=tmp_path, **asked)
-    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("part-*")}
-    assert len(kept) == 8 and {p.parent.name for p in kept} == {"0-no-edit", "1-edit"}
-    again = loco.evaluate(pipe, edit, STYLE, judge=tone, folder=tmp_path, **asked)
-    assert again == whole
-    assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
-    other = loco.locoedit(pipe, STYLE, [4])
-    with pytest.raises(ValueError, match="holds another run, which differs in fingerprint"):
-        loco.evaluate(pipe, other, STYLE, judge=tone, folder=tmp_path, **asked)
+    before = kept()
+    assert len(before) == 8  # two edits, two prompts, two seeds
+    assert loco.evaluate(pipe, edit, STYLE, judge=tone, folder=tmp_path, **asked) == whole
+    finished = kept()
+    assert len(finished) == 16 and finished.items() >= before.items()
+    other = loco.locoedit(pipe, STYLE, [4])  # in the same store: only what it changes is painted
+    again = loco.evaluate(pipe, other, STYLE, judge=tone, rivals=False, folder=tmp_path, **asked)
+    assert len(kept()) == 20 and kept().items() >= finished.items()
+    assert torch.equal(again.outcomes[0], whole.outcomes[0])
+
+
+def test_pictures_are_judged_a_few_at_a_time_with_the_same_result(pipe, clip, monkeypatch):
+    probes = (TWO[0], *probes_of(STYLE)[-4:])
+    edit = loco.locoedit(pipe, STYLE, [3])
+    asked = dict(probes=probes, clip=clip, seeds=[0, 1, 2], steps=1, rivals=False)
+    sizes = []
+
+    def counting(images):
+        sizes.append(len(images))
+        return tone(images)
+
+    made = []
+    for at_once in (1000, 4):
+        monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
+        made.append(loco.evaluate(pipe, edit, STYLE, judge=counting, **asked))
+    pictures = 3 * len({probe.prompt for probe in probes})
+    assert sizes[:2] == [pictures] * 2 and max(sizes[2:]) == 4
+    torch.testing.assert_close(made[0].outcomes, made[1].outcomes, rtol=0, atol=1e-4)
+    assert torch.equal(made[0].images, made[1].images)
+
+
+def test_more_windows_are_drawn_without_one_twice(pipe):
+    edit = loco.locoedit(pipe, STYLE, [3, 4])
+    one, many = (rivals_of(pipe, edit, 5, windows) for windows in (1, 12))
+    assert many["random window"] == one["random window"]
+    layers = [tuple(e.provenance.settings["layers"]) for e in many.values()][:-1]
+    assert len(set(layers)) == 12 == len(layers) and not any({3, 4} & set(x) for x in layers)
+    for windows in (0, 13, True):
+        with pytest.raises(ValueError, match=f"windows={windows}: 12 windows.*from 1 to 12"):
+            rivals_of(pipe, edit, 5, windows)
+
+
+def test_a_picture_may_have_another_size(pipe):
+    edit = loco.locoedit(pipe, STYLE, [3])
+    made = loco.evaluate(
+        pipe, edit, STYLE, probes=TWO, judge=tone, rivals=False, size=(32, 16), **FAST
+    )
+    assert made.images.shape == (2, 2, 3, 32, 16) and made.provenance.settings["size"] == [32, 16]
 
 
 OTHER = loco.Concept("Monet", "style", ["a house by Monet"], ["a house"])

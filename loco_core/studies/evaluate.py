@@ -8,34 +8,35 @@ where there is one, elsewhere CLIP-Score. `intervals` has the 95 % intervals, al
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import records
 from .._progress import bar
-from .._warn import warn
 from ..concepts import Concept
+from ..edits.edit import Edit
 from ..families import family_of
-from ..judging.clip_score import Clip, clip_for, clip_score
+from ..judging.clip_score import Clip, clip_for
+from ..judging.judge import Judge, judge_of
 from ..judging.probes import Probe, probes_of
-from ..painting.paint import checked_seeds, generate
-from .evaluation import UNEDITED, Evaluation
-
-if TYPE_CHECKING:
-    from ..edits.edit import Edit
+from ..judging.score import Score, by_clip, scores_of
+from ..painting.paint import Map, paint
+from ..painting.picture import Picture, Sampling, checked_seeds
+from ..painting.store import Store
+from ..worlds import world_of
+from .compare import compared, known_prompts
+from .evaluation import Evaluation
 
 __all__ = ["Evaluation", "Probe", "evaluate", "probes_of"]
 
-#: [n, 3, H, W] in [0, 1] -> attribute -> n names, such as `loco.shapeland.judge`.
-Judge = Callable[[Tensor], Mapping[str, Sequence[str]]]
+AT_ONCE = 16  # pictures that are judged together, the only ones held as numbers
 
 
 @torch.no_grad()
@@ -45,158 +46,106 @@ def evaluate(
     concept: Concept,
     *,
     probes: Sequence[Probe] | None = None,
-    judge: Judge | None = None,
+    judge: Judge | Callable[[Tensor], Mapping[str, Sequence[str]]] | None = None,
     clip: Clip | None = None,
     rivals: bool = True,
     seeds: Iterable[int] = range(2),
     steps: int = 25,
     guidance: float = 7.5,
-    batch_size: int = 16,
+    size: tuple[int, int] | None = None,
+    batch_size: int | str = "fit",
     window_seed: int = 0,
-    folder: str | Path | None = None,
+    windows: int = 1,
+    folder: str | Path | Store | None = None,
+    map: Map = map,
 ) -> Evaluation:
     """Ask `probes` of the unedited model, of the edit, and of its rivals.
 
     edit: an Edit that removes `concept`, or several by name, which are compared as they are.
-    probes: by default those of Shapeland on its minis (`loco.shapeland.probes`, without the prompts
+    probes: by default those of the world of a mini (`loco.shapeland.probes`, without the prompts
     that the edits were made from), else the everyday ones of `probes_of`. judge: images -> names by
-    attribute; by default Shapeland's on its minis, else none, and CLIP-Score answers. clip: for
-    that; by default the CLIP of a mini. rivals: compare one edit of text layers also with itself
-    in all layers and in a random window of as many adjacent ones that has none of its own, drawn
-    by window_seed. An edit of something else, of a text encoder or composed, has no rival but "no
-    edit". folder: finished batches are kept there, a subfolder per edit, and an evaluation that
-    was killed goes on from them with the same result. The images of one edit are in memory at a
-    time.
+    attribute; by default the world's on a mini, else none, and CLIP-Score answers. clip: for that;
+    by default the CLIP of a mini. rivals: compare one edit of text layers also with itself in all
+    layers and in a random window of as many adjacent ones that has none of its own, drawn by
+    window_seed; windows: in so many of them, whose rows tell how much one draw is worth. An edit of
+    something else, of a text encoder or composed, has no rival but "no edit". size: (height, width)
+    in pixels. folder: a store of pictures, one for all edits; an evaluation that was killed goes on
+    from them with the same result. batch_size, map: as in `painting.paint`. Pictures are judged as
+    they come, a few at a time.
 
     The pipeline is left as it was, bit for bit. Raises ValueError for an edit that belongs to
     another model, is applied already or is of another concept, for probes that are none, hold
-    prompts the edit was made from or mix two questions in a group, and for what `generate` refuses.
+    prompts the edit was made from or mix two questions in a group, and for what `paint` refuses.
 
         edit = loco.locoedit(pipe, concept, layers=[8, 9], lam=20)
         loco.evaluate(pipe, edit, concept, seeds=range(4)).summary()
     """
-    seeds = checked_seeds(seeds)
-    edits, seen = _compared(pipe, edit, concept, rivals, window_seed)
-    probes, judge = _asked(pipe, concept, probes, judge, seen)
-    if clip is None and not all(probe.asks(judge is not None) for probe in probes):
-        clip = _clip_for(pipe)
+    model, seeds = family_of(pipe), checked_seeds(seeds)
+    sampling = Sampling(steps, guidance, size=size).checked(model)
+    edits = compared(pipe, edit, concept, rivals, window_seed, windows)
+    probes, names = _asked(pipe, concept, probes, judge, known_prompts(edits))
+    score = None
+    if not all(probe.asks(names is not None) for probe in probes):
+        score = by_clip(_clip_for(pipe) if clip is None else clip)
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
-    firsts = {probe.group: prompts.index(probe.prompt) for probe in reversed(probes)}
-    groups = dict.fromkeys(probe.group for probe in probes)
+    pictures = [Picture(prompt, seed) for prompt in prompts for seed in seeds]
+    store = Store.of(folder)
     outcomes, sheet = [], []
     with bar(len(edits), "evaluating", "edit") as progress:
-        for number, (name, each) in enumerate(edits.items()):
-            part = f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}"
+        for each in edits.values():
             with nullcontext() if each is None else each.applied(pipe):
-                made = generate(
-                    pipe, prompts, seeds, steps, guidance, batch_size=batch_size,
-                    folder=None if folder is None else Path(folder) / part,
-                )  # fmt: skip
-            images = made.mul(255).round().div(255)  # what a PNG would show
-            outcomes.append(_outcomes(images, prompts, probes, judge, clip))
-            sheet.append(torch.stack([images[firsts[group], 0] for group in groups]))
+                stream = paint(
+                    pipe, pictures, sampling, store=store, batch_size=batch_size, map=map
+                )
+                answers, first = _outcomes(iter(stream), prompts, len(seeds), probes, names, score)
+            outcomes.append(answers)
+            sheet.append(first)
             progress.update()
     made_by = records.provenance(
-        pipe, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size,
+        pipe, seeds=seeds, steps=sampling.steps, guidance=sampling.guidance, size=sampling.size,
         edits={name: each and asdict(each.provenance) for name, each in edits.items()},
-        judge=None if judge is None else getattr(judge, "__qualname__", type(judge).__name__),
-        scheduler=type(pipe.scheduler).__name__, dtype=str(family_of(pipe).denoiser.dtype),
+        judge=names and names.to_json(), score=score and score.to_json(),
+        scheduler=type(pipe.scheduler).__name__, dtype=str(model.dtype),
     )  # fmt: skip
     return Evaluation(
-        concept, tuple(edits), probes, judge is not None,
+        concept, tuple(edits), probes, names is not None,
         torch.stack(outcomes), torch.stack(sheet), made_by,
     )  # fmt: skip
-
-
-def _compared(
-    pipe: Any, edit: Edit | Mapping[str, Edit], concept: Concept, rivals: bool, window_seed: int
-) -> tuple[dict[str, Edit | None], set[str]]:
-    """What is compared, by name, and all prompts that it was made from, in lower case."""
-    # Editing lies below this wing: only what is handed an edit may know it, so it is met here.
-    from ..edits.edit import Edit, parts_of
-
-    named = dict(edit) if isinstance(edit, Mapping) else {"edit": edit}
-    if not named or UNEDITED in named:
-        raise ValueError(f"edits are named {list(named)}: name at least one, none {UNEDITED!r}")
-    seen: set[str] = set()
-    for name, each in named.items():
-        if not isinstance(each, Edit):
-            raise TypeError(f"{name} is {each!r}: pass an Edit, or a dict of names and Edits")
-        parts = parts_of(each.provenance.settings)
-        own = {item["name"].lower() for part in parts for item in part["concepts"]}
-        if own and concept.name.lower() not in own:
-            raise ValueError(
-                f"{each!r} is no edit of {concept.name!r}: pass the concept it was made from"
-            )
-        for part in parts:
-            kept = [*part.get("preserve", ()), *(part.get("null_space") or ())]
-            seen |= {p.lower() for item in part["concepts"] for p in item["prompts"]}
-            seen |= {p.lower() for p in kept}
-        with each.applied(pipe):  # a wrong model is refused now, not after hours of sampling
-            pass
-    if rivals and not isinstance(edit, Mapping) and "layers" in edit.provenance.settings:
-        named |= _rivals(pipe, edit, window_seed)
-    return {UNEDITED: None, **named}, seen
-
-
-def _rivals(pipe: Any, edit: Edit, window_seed: int) -> dict[str, Edit]:
-    """The edit in a random window without its own layers, and in all layers."""
-    from ..closed_form.rivals import relocated
-
-    own, count = set(edit.provenance.settings["layers"]), len(family_of(pipe).text_layers)
-    windows = [range(j, j + len(own)) for j in range(count - len(own) + 1)]
-    free = [window for window in windows if not own & set(window)]
-    found = {}
-    if free:
-        window = Random(window_seed).choice(free)
-        found["random window"] = relocated(pipe, edit, window)
-    else:
-        warn(
-            f"no window of {len(own)} adjacent layers of {count} is without layers of {edit!r}: it "
-            "is compared with no random window"
-        )
-    if len(own) < count:
-        found["all layers"] = relocated(pipe, edit, range(count))
-    return found
 
 
 def _asked(
     pipe: Any,
     concept: Concept,
     probes: Sequence[Probe] | None,
-    judge: Judge | None,
+    judge: Judge | Callable[[Tensor], Mapping[str, Sequence[str]]] | None,
     seen: set[str],
 ) -> tuple[tuple[Probe, ...], Judge | None]:
     """The probes and the judge, given or by default; refuses what cannot be asked."""
-    # Shapeland lies below this wing too; its minis bring a judge and probes of their own.
-    from ..worlds import shapeland
-    from ..worlds.shapeland.planting import PLANTS
-
-    if records.model_name(pipe) in PLANTS:
-        judge = shapeland.judge if judge is None else judge
-        if probes is None:
-            name = concept.name.removeprefix("the emblem of ")
-            probes = shapeland.probes(concept.kind, name, exclude=seen)
+    world = world_of(pipe)
+    known = None if world is None else world.judge
+    names = known if judge is None else judge_of(judge, known)
+    if probes is None and world is not None:
+        probes = world.probes(concept.kind, concept.name, exclude=seen)
     probes = probes_of(concept) if probes is None else tuple(probes)
     if not probes:
         raise ValueError("there are no probes: leave probes=None for the default ones")
     for probe in probes:
         if not isinstance(probe, Probe):
             raise TypeError(f"probes holds {probe!r}: make a loco_core.judging.probes.Probe")
-    if known := [probe.prompt for probe in probes if probe.prompt.lower() in seen]:
+    if made_from := [probe.prompt for probe in probes if probe.prompt.lower() in seen]:
         raise ValueError(
-            f"{len(known)} probes, such as {known[0]!r}, ask prompts that the edit was made from: "
-            "that tells nothing of others; take them out"
+            f"{len(made_from)} probes, such as {made_from[0]!r}, ask prompts that the edit was "
+            "made from: that tells nothing of others; take them out"
         )
     asks: dict[str, tuple[bool, bool]] = {}
     for probe in probes:
-        question = probe.asks(judge is not None), probe.wanted
+        question = probe.asks(names is not None), probe.wanted
         if asks.setdefault(probe.group, question) != question:
             raise ValueError(
                 f"the probes of group {probe.group!r} ask two things: all need the same `wanted`, "
                 "and an attribute, or none; put them in two groups"
             )
-    return tuple(probes), judge
+    return tuple(probes), names
 
 
 def _clip_for(pipe: Any) -> Clip:
@@ -211,31 +160,46 @@ def _clip_for(pipe: Any) -> Clip:
 
 
 def _outcomes(
-    images: Tensor,
+    stream: Iterator[Tensor],
     prompts: list[str],
+    seeds: int,
     probes: Sequence[Probe],
     judge: Judge | None,
-    clip: Clip | None,
-) -> Tensor:
-    """[probe, seed] float64 of images [prompt, seed, 3, H, W]."""
-    seeds = images.shape[1]
-    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    score: Score | None,
+) -> tuple[Tensor, Tensor]:
+    """([probe, seed] float64, [group, 3, H, W] the first image of every group) of uint8 pictures
+    that come by prompt and seed."""
     found = torch.zeros(len(probes), seeds, dtype=torch.float64)
-    judged = [i for i, probe in enumerate(probes) if probe.asks(judge is not None)]
-    names = judge(images.flatten(0, 1)) if judge and judged else {}
-    for i in judged:
-        attribute, start = str(probes[i].attribute), rows[probes[i].prompt] * seeds
-        if len(names.get(attribute, ())) != len(prompts) * seeds:
-            raise ValueError(
-                f"the judge tells {len(names.get(attribute, ()))} times the {attribute!r} of "
-                f"{len(prompts) * seeds} images; it knows {', '.join(names)}"
-            )
-        answers = names[attribute][start : start + seeds]
-        found[i] = torch.tensor([float(answer == probes[i].value) for answer in answers])
-    scored = [i for i in range(len(probes)) if not probes[i].asks(judge is not None)]
-    if scored:
-        assert clip is not None  # `evaluate` found one for the probes without an attribute
-        picked = torch.cat([images[rows[probes[i].prompt]] for i in scored])
-        texts = [probes[i].text or probes[i].prompt for i in scored for _ in range(seeds)]
-        found[scored] = clip_score(picked, texts, clip).double().unflatten(0, (-1, seeds))
-    return found
+    asking: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for i, probe in enumerate(probes):
+        asking[probe.prompt].append(i)
+    firsts = {probe.group: prompts.index(probe.prompt) * seeds for probe in reversed(probes)}
+    shown: dict[int, Tensor] = {}
+    start = 0
+    while pixels := list(islice(stream, AT_ONCE)):
+        images = torch.stack(pixels).float().div(255)
+        places = [divmod(start + k, seeds) for k in range(len(pixels))]
+        cells = [(i, s, k) for k, (p, s) in enumerate(places) for i in asking[prompts[p]]]
+        judged = [cell for cell in cells if probes[cell[0]].asks(judge is not None)]
+        names = judge(images) if judge and judged else {}
+        for i, s, k in judged:
+            answers = names.get(str(probes[i].attribute), ())
+            if len(answers) != len(images):
+                raise ValueError(
+                    f"the judge tells {len(answers)} times the {probes[i].attribute!r} of "
+                    f"{len(images)} images; it knows {', '.join(names)}"
+                )
+            found[i, s] = float(answers[k] == probes[i].value)
+        scored = [cell for cell in cells if not probes[cell[0]].asks(judge is not None)]
+        if scored:
+            assert score is not None  # `evaluate` found one for the probes without an attribute
+            texts = [probes[i].text or probes[i].prompt for i, _, _ in scored]
+            values = scores_of(score, images[[k for _, _, k in scored]], texts)
+            for (i, s, _), value in zip(scored, values, strict=True):
+                found[i, s] = value
+        shown |= {
+            k: images[k - start].clone() for k in firsts.values() if 0 <= k - start < len(images)
+        }
+        start += len(images)
+    groups = dict.fromkeys(probe.group for probe in probes)
+    return found, torch.stack([shown[firsts[group]] for group in groups])
