@@ -409,7 +409,10 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_batches_to_resume_from(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     made = [pixels(tmp_path / "out" / "images" / f"000-seed-{seed}.png") for seed in range(24)]
     wanted = loco.generate(pipe_of(), ["a star"], range(24), steps=1)[0]
-    assert not made[0].any() and torch.equal(torch.stack(made[1:]), wanted[1:])
+    assert not made[0].any()
+    # batches of another size round otherwise: by one grey level, in few of the bytes
+    levels = (torch.stack(made[1:]) - wanted[1:]).mul(255).round().abs()
+    assert levels.max() <= 1 and levels.mean() < 1e-3
 
 
 def test_a_sweep_that_failed_goes_on_from_its_pictures(tmp_path, monkeypatch):
