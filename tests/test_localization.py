@@ -225,6 +225,9 @@ def test_tracing_is_a_localiser_of_the_same_table():
     near = like(pipe, STYLE.prompts)
     found = loco.localize(pipe, STYLE, 1, method="tracing", noise=2.0, score=near, **FAST)
     assert found.layers == (12,) and found.provenance.settings["method"] == "tracing"
+    own = loco.generate(pipe, STYLE.prompts, **FAST)
+    assert (found.neutral.images[:] - own).abs().max() <= 1.1 / 255  # the goal is the clean run
+    assert (found.baseline.images[:] - own).abs().max() > 3 / 255
     assert found.gap > 0 and found.effects[12] == pytest.approx(found.gap, abs=1e-3)
     with pytest.raises(ValueError, match="method='guess': choose from locogen, tracing"):
         loco.localize(pipe, STYLE, method="guess")

@@ -30,7 +30,8 @@ from ..statistics import MaxT, max_t, t_interval, units, units_of
 
 __all__ = ["Cell", "Painting", "Sweep", "Swept", "sweep"]
 
-AT_ONCE = 32  # pictures that a score is given
+AT_ONCE = 32  # pictures that a score is given at most
+NUMBERS = 2**24  # and in them: 64 MB, five pictures of 1024 pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def sweep(
 ) -> Swept:
     """Paint the cells and score them as they come: a table of `shape`, filled by `Cell.at`.
 
-    No more than `AT_ONCE` pictures are held at a time; with a store they are kept there.
+    No more than `AT_ONCE` pictures are scored at a time; with a store they are kept there.
     """
     store = painting.store
     state = None if store is None else state_of(model, store.tag)
@@ -162,7 +163,7 @@ def sweep(
         for cell, pixels in zip(cells, stream, strict=True):
             size = tuple(pixels.shape)
             due.append((cell, pixels))
-            if len(due) == AT_ONCE:
+            if len(due) >= min(AT_ONCE, max(1, NUMBERS // pixels.numel())):
                 fold()
     if due:
         fold()

@@ -143,7 +143,7 @@ def traced_layers(
     stds, noises = corruptions(model, concept, noise, draws)
     labels = [tuple(layers[index].name for index in item) for item in items]
     cells, shape = _cells(
-        model, concept, noises, labels, seeds, painting.sampling, None, "denoiser"
+        model, concept, noises, labels, seeds, painting.sampling, None, "denoiser", clean=1
     )
     swept = sweep(model, cells, shape, score, painting, "tracing")
     scores = swept.scores[2:]
@@ -151,8 +151,8 @@ def traced_layers(
         concept=concept,
         items=tuple(items),
         scored=scores,
-        reference=swept.scores[1],
-        goal=swept.scores[0],
+        reference=swept.scores[0],
+        goal=swept.scores[1],
         sign=1,
         pixels=swept.pixels,
         cost=swept.cost,
@@ -176,9 +176,10 @@ def _cells(
     sampling: Sampling,
     calls: tuple[int, ...] | None,
     where: str,
+    clean: int = 0,
 ) -> tuple[list[Cell], tuple[int, int, int, int]]:
     """The pictures of a trace, by prompt and seed, and the shape of its table: clean, corrupted and
-    then restored rows, [row, prompt, draw, seed]."""
+    then restored rows, [row, prompt, draw, seed]. clean: 1 puts the corrupted row first."""
     draws = len(noises[0])
     shape = 2 + len(labels), len(concept.prompts), draws, len(seeds)
 
@@ -188,10 +189,12 @@ def _cells(
     places: dict[Picture, list[int]] = {}
     for p, prompt in enumerate(concept.prompts):
         for k, seed in enumerate(seeds):
-            clean = Picture(prompt, seed)
-            places.setdefault(clean, []).extend(place(0, p, d, k) for d in range(draws))
+            whole = Picture(prompt, seed)
+            places.setdefault(whole, []).extend(place(clean, p, d, k) for d in range(draws))
             for d, noise in enumerate(noises[p]):
-                for row, restored in enumerate([(), *labels], 1):
+                for row, restored in zip(
+                    [1 - clean, *range(2, shape[0])], [(), *labels], strict=True
+                ):
                     own = calls if restored else None
                     picture = Picture(prompt, seed, noise=noise, restored=restored, calls=own)
                     places.setdefault(picture, []).append(place(row, p, d, k))
