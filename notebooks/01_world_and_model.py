@@ -169,22 +169,6 @@ pd.DataFrame(
 ).rename_axis("attribute")
 
 # %% [markdown]
-# Planted must mean *used*. After training, over held-out captions, it was
-# measured how often a picture shows its attribute when every layer reads the
-# caption (agrees), when all layers but the planted ones read another value
-# (holds), how often it shows the other value when only the planted layers read
-# that (follows), and how often the attribute is gone when they read a caption
-# without it (removed).
-
-# %%
-use = world.measured_use(model)["use"]
-columns = ["agrees", "holds", "follows", "removed"]
-pd.DataFrame(
-    {k: [f"{row[c]:.0%}" for c in columns] for k, row in use.items()},
-    columns,
-).T.rename_axis("attribute")
-
-# %% [markdown]
 # Planted is not yet used. So after training it was measured, on captions with
 # combinations never trained on: how often the judge sees what the caption says
 # (*agrees*), sees it still when all *other* layers read another value (*holds*),

@@ -35,7 +35,7 @@ from myst_nb import glue
 
 import loco_core as loco
 from loco_core.display import effect_figure
-from loco_core.localization.tracing import threshold_from
+from loco_core.localization import threshold_from
 
 world = loco.shapeland
 loco.progress(False)
@@ -57,13 +57,15 @@ names = {"style": artist, "object": thing}
 #
 # with the CLIP-Score as $s$ in the paper. Here the judge says whether the concept is
 # in the picture, so an effect of 1 means that it came back in all of them. The
-# threshold is a part of what the noise took from ten *other* prompts.
+# threshold is a part of what the noise took from ten *other* prompts. Beside it stands a
+# test of all sites at once (max-T, [](../book/methods.md)), which takes five pictures at
+# least to name any: with fewer its verdict is *undecided*, and the threshold decides alone.
 
 
 # %%
 def traced(kind: str, where: str, **settings) -> loco.CausalTrace:
     """The effects of all sites on the concept of one kind."""
-    count = prompts if where == "unet" else 1
+    count = prompts if where == "denoiser" else 1
     return loco.trace(
         pipe,
         world.concept(kind, names[kind], count),
@@ -138,8 +140,8 @@ object_sites
 # which they run.
 
 # %%
-style_unet = traced("style", "unet")
-object_unet = traced("object", "unet")
+style_unet = traced("style", "denoiser")
+object_unet = traced("object", "denoiser")
 
 
 def by_kind(trace: loco.CausalTrace, kind: str) -> pd.DataFrame:
@@ -190,6 +192,8 @@ def against_plant(trace: loco.CausalTrace, kind: str) -> dict[str, str]:
         "precision": f"{hits} of {len(found)}",
         "recall": f"{hits} of {len(truth[kind])}",
         "causal sites in all": f"{len(sites)} of {len(trace.sites)}",
+        "sites by the test": f"{len(trace.causal())}, {trace.test.verdict} "
+        f"with {trace.test.n} pictures",
     }
 
 

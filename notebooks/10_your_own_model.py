@@ -48,7 +48,7 @@ neutral = [
     "a green fish in the ocean",
 ]
 target = []  # prompts to be read instead; [] is the neutral ones
-swept = 2  # how many of the prompts the sweep takes; the edit takes all
+swept = 4  # prompts of the sweep, with the seeds at least 5 pictures; the edit takes all
 held_out = [
     "a green tree in the desert in the style of {}",
     "a red house in the style of {}",
@@ -66,10 +66,8 @@ tokens = "eos"  # what is edited: the name's last token and the end; the paper: 
 preserve = (
     True  # hold the others and the neutral prompts; the paper does not
 )
-batch_size = (
-    0  # pictures at a time; 0 is what fits into the free memory
-)
-folder = ""  # keeps finished batches, so that a killed sweep goes on
+batch_size = 0  # pictures at a time; 0 is what fits into the memory
+folder = ""  # keeps every picture, so that a killed sweep goes on
 
 # %%
 import dataclasses
@@ -85,15 +83,15 @@ from myst_nb import glue
 import loco_core as loco
 from loco_core.display import image_grid, score_curve
 from loco_core.judging.clip_score import clip_for, load_clip
-from loco_core.painting.fit import fitting_batch
 
 loco.progress(False)
 
 # %% [markdown]
 # ## The model
 #
-# A plain diffusers pipeline. Its decoder takes one picture at a time, so that
-# only the denoiser decides how many fit into memory.
+# A plain diffusers pipeline. The library has it decode one picture at a time, so that
+# only the denoiser decides how many fit into memory; if it were too many after all,
+# they are halved.
 
 # %%
 pipe = loco.load(
@@ -103,7 +101,6 @@ pipe = loco.load(
     revision=revision or None,
     variant=variant or None,
 )
-pipe.vae.enable_slicing()
 if tiles:
     pipe.vae.enable_tiling()
 if clip:
@@ -111,12 +108,12 @@ if clip:
 else:
     scorer = clip_for(pipe)
 score = partial(loco.clip_score, clip=scorer)
-batch = batch_size or fitting_batch(pipe, guidance)
+batch = batch_size or "fit"
 facts = {
     "pipeline": type(pipe).__name__,
     "commit": loco.records.revision(pipe) or "local",
     "scored by": clip or "the CLIP beside it",
-    "pictures at a time": batch,
+    "pictures at a time": batch_size or "what fits",
 }
 pd.Series(facts, name=your_model).to_frame()
 
@@ -158,7 +155,9 @@ pd.DataFrame({"prompt": concept.prompts, "neutral": concept.neutral})
 #
 # LocoGen {cite:p}`basu2024mechanistic`: one window after the other reads the
 # neutral prompt. Where the concept enters, the CLIP-Score with the original
-# prompt falls.
+# prompt falls. The window where it falls most is found only if a test says so that knows
+# how many were tried; the answer may be that there is none. *Held back* is the drop in
+# pictures that had no say in the choice.
 
 # %%
 found = loco.localize(
@@ -173,22 +172,35 @@ found = loco.localize(
     score=score,
     folder=folder or None,
 )
-print("layers found:", list(found.layers))
+test = found.test
+drop, low, high = test.held_back
+pd.Series(
+    {
+        "layers found": ", ".join(map(str, found.layers)) or "none",
+        "largest drop at layers": ", ".join(map(str, found.best)),
+        "verdict": test.verdict,
+        "p, adjusted for all windows": f"{test.p[test.best]:.3f}",
+        "drop, held back": f"{drop:.1f} ({low:.1f} to {high:.1f})",
+        "flipped": f"{test.n} x {test.unit}",
+    },
+    name=name,
+).to_frame()
 
-# %% mystnb={"figure": {"name": "fig-own-curve", "caption": "The sweep on a model whose answer nobody knows."}, "image": {"alt": "Curve of CLIP-Score over window start with a band for the 95 % interval; the found window is marked", "classes": "dark-light"}}
+# %% mystnb={"figure": {"name": "fig-own-curve", "caption": "The sweep on a model whose answer nobody knows. Band: the 95 % t interval of each drop, below the mean with nothing replaced."}, "image": {"alt": "Curve of CLIP-Score over window start with a band for the 95 % interval; a window that was found is marked", "classes": "dark-light"}}
 score_curve(
     found.scores,
     *found.interval.T,
-    found=found.layers[0],
+    found=min(found.layers, default=None),
     title=f"{name}, {your_model}",
 )
 
 # %%
 sweep = found.to_frame().set_index("layers")
 numbers = sweep[["score", "low", "high"]].map("{:.1f}".format)
+numbers["p"] = sweep["p"].map("{:.3f}".format)
 numbers["found"] = sweep["found"].map({True: "*", False: ""})
 for row, end in {"none": found.baseline, "all": found.neutral}.items():
-    numbers.loc[row] = [f"{float(end.scores.mean()):.1f}", "", "", ""]
+    numbers.loc[row] = [f"{float(end.scores.mean()):.1f}", *[""] * 4]
 numbers.rename_axis("layers that read the neutral prompt")
 
 # %% [markdown]
@@ -225,9 +237,9 @@ pd.DataFrame(
 # %% [markdown]
 # ## The edit
 #
-# LocoEdit at the window that was found. If the curve has a second dip, this is
-# the deeper one, and the other may keep some of the concept. A warning, if
-# there is one, is shown.
+# LocoEdit at the window with the largest drop, whether the test finds it or not. If
+# the curve has a second dip, this is the deeper one, and the other may keep some of
+# the concept. A warning, if there is one, is shown.
 
 # %%
 spare = [*concept.neutral, *concept.renamed(others)] if preserve else []
@@ -236,7 +248,7 @@ with warnings.catch_warnings(record=True) as said:
     edit = loco.locoedit(
         pipe,
         concept,
-        layers=found.layers,
+        layers=found.best,
         lam=lam,
         tokens=tokens,
         preserve=spare,
@@ -340,7 +352,9 @@ reported = {
     ("openjourney", "style"): "not known",
 }
 own = (your_model.split("/")[-1], kind)
-place = f"start {found.layers[0]}, width {window}"
+place = f"start {found.best[0]}, width {window}"
+if not found.layers:
+    place = f"none found; largest drop at {place}"
 pd.DataFrame(
     [
         (*which, there, place if which == own else "not run")
