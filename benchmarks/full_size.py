@@ -176,7 +176,7 @@ def run(
         pooled=pooled,
     )  # fmt: skip
     clock.lap("sweep_seconds")
-    edit = loco.locoedit(pipe, CONCEPT, found.layers)
+    edit = loco.locoedit(pipe, CONCEPT, found.best)
     clock.lap("locoedit_seconds")
     quickfix = loco.diff_quickfix(pipe, CONCEPT)
     clock.lap("diff_quickfix_seconds")
@@ -185,7 +185,7 @@ def run(
         image = loco.generate(pipe, CONCEPT.prompts, [0], steps)
         clock.lap("image_seconds")
     clock.lap("revert_seconds")
-    images = torch.cat([found.images.flatten(0, 2), image.flatten(0, 1)])
+    images = torch.cat([found.images[:].flatten(0, 2), image.flatten(0, 1)])
     return {
         "shrink": shrink,
         "device": device,

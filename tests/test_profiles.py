@@ -275,7 +275,7 @@ def test_a_profile_runs_from_saved_random_weights_of_its_architecture(
 ):
     given = load_profile(like).parameters | dict(
         your_model=str(random_weights / name), revision="", device="cpu", steps=1, seeds=2,
-        clip=str(random_weights / "clip"), clip_revision="", swept=1,
+        clip=str(random_weights / "clip"), clip_revision="", swept=3,
         others=["Monet"], held_out=["a house in the style of {}"], unrelated=["a red tree"],
     ) | changes  # fmt: skip
     profile = Profile(f"random-{name}", "cpu", given, ("10_your_own_model",))
