@@ -199,6 +199,17 @@ def embeds(pipe, prompt: str) -> torch.Tensor:
     return pipe.text_encoder(ids.input_ids)[0][0].double()
 
 
+def exact(pipe, prompts, seeds=(0,), steps: int = 25) -> torch.Tensor:
+    """Images [prompt, seed, 3, H, W] before `loco.generate` puts them on the 8-bit grid."""
+    from loco_core.families import family_of
+    from loco_core.painting import Picture, Sampling
+    from loco_core.painting.batch import paint_batch
+
+    listed = [Picture(prompt, seed) for prompt in prompts for seed in seeds]
+    images = paint_batch(family_of(pipe), listed, Sampling(steps))
+    return images.unflatten(0, (len(prompts), len(seeds)))
+
+
 def pairs(pipe, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys C and targets G [row, width] of hand-made rows (prompt, token, twin, token)."""
     keys = torch.stack([embeds(pipe, prompt)[i] for prompt, i, _, _ in rows])
