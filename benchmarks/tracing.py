@@ -1,21 +1,22 @@
 """How much faster a batched causal trace is than the plain one, and whether they agree.
 
-    python benchmarks/tracing.py [--json] [--model mini-sd]
+    python benchmarks/tracing.py [--json] [--record results/tracing.json] [--model mini-sd]
 
-Plain, in the UNet: for every site a clean run that keeps the site's activations, then the restored
-run, one image at a time. Cached: one clean run keeps those of all sites (memory grows with sites
-and steps); what is gained on it is the gain of larger batches. Plain, in the text encoder: an image
-for every layer, part and token, one at a time; no clean image is needed there.
+Plain, in the denoiser: for every site a clean run that keeps the site's activations, then the
+restored run, one image at a time. Cached: one clean run keeps those of all sites (memory grows with
+sites and steps); what is gained on it is the gain of larger batches. Plain, in the text encoder: an
+image for every layer, part and token, one at a time; no clean image is needed there.
 
 Bars: at least 2 times fewer seconds than the plain way, and images no more than 1e-4 (float32)
 apart beyond the rounding to 8 bits of a trace's images.
 """
 
-import argparse
-import json
 import sys
+from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import loco_core as loco  # noqa: E402
+from benchmarks.common import arguments, finish  # noqa: E402
 from benchmarks.routing import seconds  # noqa: E402
-from loco_core._progress import bar
-from loco_core.families import family_of
-from loco_core.interventions.patching import rewriting
-from loco_core.localization import runs
-from loco_core.localization.sites import module_of, text_sites, unet_sites
-from loco_core.painting import paint as sampling
-from loco_core.records import model_name, versions
+from loco_core.families import Model, Site, TextStates, family_of
+from loco_core.interventions.patching import Rewrite, rewriting
+from loco_core.localization.corruption import corruptions
+from loco_core.painting import Noise, Picture, Sampling
+from loco_core.painting.texts import Reader, own
+from loco_core.records import model_name
 
 RATIO_BAR, DIFFERENCE_BAR = 2.0, 1e-4
 
@@ -40,99 +41,109 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def image(pipe, text, steps: int) -> Tensor:
+def image(model: Model, text: TextStates, negative: TextStates, steps: int) -> Tensor:
     """One image, in a batch of its own."""
-    model = family_of(pipe)
-    negative = model.unprompted(model.encode([""]))
-    with sampling.own_scheduler(pipe), bar(1, "") as progress:
-        return sampling.sample_batch(
-            pipe, text, text, negative, [0], None, steps, 7.5, 0.0, progress
-        )[0]
+    return model.call(text, negative, [0], steps=steps, guidance=7.5)[0]
 
 
-def kept_and_put(module: nn.Module, kept: dict[nn.Module, list[Tensor]]):
+def kept_and_put(module: nn.Module, kept: dict[nn.Module, list[Tensor]]) -> tuple[Rewrite, Rewrite]:
     """(a rewrite that keeps conditional outputs of `module`, one that puts them back)."""
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(module, []).append(x[1:].clone())
         return x
 
-    def put(x: Tensor) -> Tensor:
-        put.step += 1
-        return torch.cat([x[:1], kept[module][put.step]])
+    step = count()
 
-    put.step = -1
+    def put(x: Tensor) -> Tensor:
+        return torch.cat([x[:1], kept[module][next(step)]])
+
     return keep, put
 
 
-def plain_unet(pipe, clean, corrupted, modules: list[nn.Module], steps: int, cached: bool):
+def plain_denoiser(
+    paint: Callable[[TextStates], Tensor],
+    clean: TextStates,
+    corrupted: TextStates,
+    modules: list[nn.Module],
+    cached: bool,
+) -> Tensor:
     """Images of the clean, the corrupted and each restored run, one after the other."""
     kept: dict[nn.Module, list[Tensor]] = {}
     pairs = {module: kept_and_put(module, kept) for module in modules}
-    if cached:
-        with rewriting({module: keep for module, (keep, _) in pairs.items()}):
-            images = [image(pipe, clean, steps), None]
-    else:
-        images = [image(pipe, clean, steps), None]
-    images[1] = image(pipe, corrupted, steps)
+    with rewriting({module: keep for module, (keep, _) in pairs.items()} if cached else {}):
+        images = [paint(clean)]
+    images.append(paint(corrupted))
     for module, (keep, put) in pairs.items():
         if not cached:
             kept.clear()
             with rewriting({module: keep}):
-                image(pipe, clean, steps)
+                paint(clean)
         with rewriting({module: put}):
-            images.append(image(pipe, corrupted, steps))
+            images.append(paint(corrupted))
     return torch.stack(images)
 
 
-def plain_text(pipe, prompt: str, noised, sites, steps: int) -> Tensor:
+def plain_text(
+    paint: Callable[[TextStates], Tensor],
+    reader: Reader,
+    prompt: str,
+    noise: Noise,
+    sites: tuple[Site, ...],
+) -> Tensor:
     """The same for the text encoder: each site's text is encoded, and its image made, alone."""
-    images = []
-    for site in sites:
-        texts = runs._encode(pipe, prompt, noised, [(site,)], [(1, 0), (2, 0)], 8)
-        images += [image(pipe, texts[i : i + 1], steps) for i in ((2,) if images else (0, 1, 2))]
-    return torch.stack(images)
+    pictures = [Picture(prompt), Picture(prompt, noise=noise)]
+    pictures += [Picture(prompt, noise=noise, restored=(site.label,)) for site in sites]
+    return torch.stack([paint(reader.table([own(picture)])) for picture in pictures])
 
 
 @torch.no_grad()
-def measure(model: str, style: str, steps: int, batch_size: int, repeats: int, device: str | None):
+def measure(
+    name: str, style: str, steps: int, batch_size: int, repeats: int, device: str | None
+) -> dict[str, Any]:
     """All figures, and whether the bars are held."""
-    pipe = loco.load(model, device=device)
-    concept = loco.shapeland.concept("style", style, prompts=1)
-    (noised,) = runs.corruptions(pipe, concept, None, 1)[1]
-    texts = runs._encode(pipe, concept.prompts[0], noised, (), [(1, 0)], 2)
-    inner, outer = unet_sites(pipe), text_sites(pipe, concept.prompts, concept.name, "all")
-    modules = [module_of(pipe, site) for site in inner]
-    run = dict(seeds=[0], steps=steps, batch_size=batch_size, score=brightness, images=True)
-    unet = partial(plain_unet, pipe, texts[:1], texts[1:], modules, steps)
-    ways = {
-        "unet": {
+    pipe = loco.load(name, device=device)
+    model, concept = family_of(pipe), loco.shapeland.concept("style", style, prompts=1)
+    (prompt,), ((noise,),) = concept.prompts, corruptions(model, concept, None, 1)[1]
+    pictures = [Picture(prompt), Picture(prompt, noise=noise)]
+    reader = Reader.of(model, pictures, Sampling(steps))
+    texts = reader.table([own(picture) for picture in pictures])
+    inner, outer = model.sites, model.text_sites(concept.prompts, concept.name, "all")
+    modules = [model.module_of(site) for site in inner]
+    run: dict[str, Any] = dict(
+        seeds=[0], steps=steps, batch_size=batch_size, score=brightness, images=True
+    )
+    paint = partial(image, model, negative=reader.negative, steps=steps)
+    plain = partial(plain_denoiser, paint, texts[:1], texts[1:], modules)
+    ways: dict[str, dict[str, Callable[[], Tensor]]] = {
+        "denoiser": {
             "batched": lambda: loco.trace(pipe, concept, **run).images[:, 0, 0, 0],
-            "plain": lambda: unet(cached=False),
-            "cached": lambda: unet(cached=True),
+            "plain": lambda: plain(cached=False),
+            "cached": lambda: plain(cached=True),
         },
         "text_encoder": {
             "batched": lambda: loco.trace(
                 pipe, concept, "text_encoder", tokens="all", **run
             ).images[:, 0, 0, 0],
-            "plain": lambda: plain_text(pipe, concept.prompts[0], noised, outer, steps),
+            "plain": lambda: plain_text(paint, reader, prompt, noise, outer),
         },
     }
-    image(pipe, texts[:1], steps)  # has run once before the clock starts
-    found, made = {}, {}
+    paint(texts[:1])  # has run once before the clock starts
+    found: dict[str, Any] = {}
+    made: dict[str, Tensor] = {}
     for where, calls in ways.items():
         took = {
-            name: min(
-                seconds(lambda n=name, c=call: made.__setitem__(n, c()), pipe.device)
+            way: min(
+                seconds(partial(lambda w, c: made.__setitem__(w, c()), way, call), pipe.device)
                 for _ in range(repeats)
             )
-            for name, call in calls.items()
+            for way, call in calls.items()
         }
-        apart = [(made["batched"] - made[name]).abs().max() for name in calls]
+        apart = [(made["batched"] - made[way]).abs().max() for way in calls]
         found[where] = {
-            "sites": len(inner if where == "unet" else outer),
+            "sites": len(inner if where == "denoiser" else outer),
             "seconds": took,
-            "ratio": {name: took[name] / took["batched"] for name in calls if name != "batched"},
+            "ratio": {way: took[way] / took["batched"] for way in calls if way != "batched"},
             "max_abs_difference": max(0.0, float(max(apart)) - 0.5 / 255),
         }
     return {
@@ -140,7 +151,6 @@ def measure(model: str, style: str, steps: int, batch_size: int, repeats: int, d
         "steps": steps,
         "batch_size": batch_size,
         "device": str(pipe.device),
-        "threads": torch.get_num_threads(),
         **found,
         "ratio_bar": RATIO_BAR,
         "difference_bar": DIFFERENCE_BAR,
@@ -148,34 +158,36 @@ def measure(model: str, style: str, steps: int, batch_size: int, repeats: int, d
             each["ratio"]["plain"] >= RATIO_BAR and each["max_abs_difference"] <= DIFFERENCE_BAR
             for each in found.values()
         ),
-        "versions": versions(),
     }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures, as they are printed."""
+    lines = []
+    for where in ("denoiser", "text_encoder"):
+        each = found[where]
+        lines.append(f"{where}: {each['sites']} sites, {found['steps']} steps, {found['device']}")
+        for way, took in each["seconds"].items():
+            lines.append(f"  {way:8} {took:6.1f} s  ratio {each['ratio'].get(way, 1):.2f}")
+        lines.append(f"  beyond 8 bits apart {each['max_abs_difference']:.1e}")
+    bars = f"bars: ratio of plain >= {RATIO_BAR}, apart <= {DIFFERENCE_BAR:.0e}"
+    return "\n".join([*lines, bars])
 
 
 def main() -> int:
     """Measure, print, and return 0 if both bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="mini-sd", help="a mini")
     parser.add_argument("--style", default="Mira Dunn", help="the style that is traced")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     loco.progress(False)
     found = measure(args.model, args.style, args.steps, args.batch_size, args.repeats, args.device)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for where in ("unet", "text_encoder"):
-            each = found[where]
-            print(f"{where}: {each['sites']} sites, {found['steps']} steps, {found['device']}")
-            for name, took in each["seconds"].items():
-                print(f"  {name:8} {took:6.1f} s  ratio {each['ratio'].get(name, 1):.2f}")
-            print(f"  beyond 8 bits apart {each['max_abs_difference']:.1e}")
-        print(f"bars: ratio of plain >= {RATIO_BAR}, apart <= {DIFFERENCE_BAR:.0e}")
-    return 0 if found["passed"] else 1
+    sites = {where: found[where]["sites"] for where in ("denoiser", "text_encoder")}
+    return finish(args, found, n={**sites, "repeats": args.repeats}, text=table(found))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from conftest import build_tiny_sd
 
 import loco_core as loco
 from loco_core.families import TextStates, family_of
+from loco_core.interventions.active import foreign_hooks, said
 from loco_core.interventions.routing import routed, windows
+from loco_core.painting import Store
 
 PROMPTS = ["a house by Van Gogh", "a house", "a red tree"]
 
@@ -155,6 +157,38 @@ def test_fused_projections_are_refused_and_no_hook_stays(texts):
         with routed(pipe, texts, [[0] * 16]):
             pass
     assert hooks(pipe.unet) == before
+
+
+def test_a_routed_denoiser_says_what_each_layer_reads(tiny_sd, texts):
+    src = torch.randint(3, (2, 16), generator=torch.Generator().manual_seed(2))
+    assert said(tiny_sd.unet) == []
+    with routed(tiny_sd, texts, src, rows=torch.tensor([2, 3])):
+        told = dict(said(tiny_sd.unet))
+        assert foreign_hooks(tiny_sd.unet) == []
+    for layer in loco.text_layers(tiny_sd):
+        assert told[layer.name]["reads"] == src[:, layer.index].tolist()
+        assert told[layer.name]["rows"] == [2, 3]
+    assert len(told) == 16 and said(tiny_sd.unet) == []
+    with routed(tiny_sd, texts[[1, 0, 2]], src, rows=torch.tensor([2, 3])):
+        other = dict(said(tiny_sd.unet))
+    assert all(other[name] != told[name] for name in told)  # other texts under the same numbers
+
+
+def test_what_is_painted_while_layers_are_routed_has_a_key_of_its_own(tiny_sd, texts, tmp_path):
+    run = dict(prompts=PROMPTS[:1], steps=2, folder=tmp_path)
+    plain = loco.generate(tiny_sd, **run)
+    rows = torch.tensor([1])  # the conditional half of a batch of one
+    with routed(tiny_sd, texts, [[2] * 16], rows):
+        other = loco.generate(tiny_sd, **run)
+    assert not torch.equal(other, plain)
+    assert torch.equal(other, loco.generate(tiny_sd, PROMPTS[2:], steps=2))
+    with routed(tiny_sd, texts, [[1] * 16], rows):
+        third = loco.generate(tiny_sd, **run)
+    assert len({entry.path.stem for entry in Store(tmp_path).entries()}) == 3
+    assert torch.equal(loco.generate(tiny_sd, **run), plain)  # read from the store
+    with routed(tiny_sd, texts, [[1] * 16], rows):
+        assert torch.equal(loco.generate(tiny_sd, **run), third)
+    assert len(list(Store(tmp_path).entries())) == 3
 
 
 BAD_MAPS = {

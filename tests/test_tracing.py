@@ -1,7 +1,7 @@
 """Causal tracing equals its slow definition, finds what is known, and leaves nothing behind."""
 
+import copy
 import dataclasses
-import json
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -11,22 +11,16 @@ from conftest import build_tiny_sd, build_tiny_sdxl
 
 import loco_core as loco
 from loco_core import records
-from loco_core._progress import bar
 from loco_core.display.plots import effect_figure
-from loco_core.families import family_of
+from loco_core.families import Site, family_of
+from loco_core.families.running import record
+from loco_core.families.sites import adjacent
 from loco_core.judging.clip_score import Clip
-from loco_core.localization import runs
-from loco_core.localization.sites import (
-    Site,
-    adjacent,
-    module_of,
-    record_sites,
-    text_sites,
-    unet_sites,
-)
-from loco_core.localization.tracing import threshold_from
-from loco_core.painting import paint as sampling
-from loco_core.statistics import t_interval
+from loco_core.localization import threshold_from
+from loco_core.localization.corruption import NOISE_SEED
+from loco_core.painting import Noise, Picture, Sampling, Store, brush
+from loco_core.painting.batch import batches, donors, paint_batch
+from loco_core.statistics import max_t, t_interval
 
 STYLE = loco.Concept(
     "Van Gogh", "style", ["a red house by Van Gogh on a tree", "a tree by Van Gogh"],
@@ -121,18 +115,22 @@ def slow_image(pipe, text, modules=(), kept=None, calls=None):
 
         return forward
 
-    shape = family_of(pipe)._latent_shape()
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(3))[None]
-    with replaced(modules, wrap), sampling.own_scheduler(pipe), torch.no_grad():
-        return pipe(
-            **text, latents=latents, num_inference_steps=2, guidance_scale=7.5, output_type="pt"
-        ).images[0]  # fmt: skip
+    latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
+    own, pipe.scheduler = pipe.scheduler, copy.deepcopy(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with replaced(modules, wrap), torch.no_grad():
+            return pipe(
+                **text, latents=latents, num_inference_steps=2, guidance_scale=7.5, output_type="pt"
+            ).images[0]  # fmt: skip
+    finally:
+        pipe.scheduler = own
 
 
 def drawn_noise(pipe, std, draws):
     """Span of the subject of TREE; [draw][encoder] [token, width], by the documented rule."""
     first, last = family_of(pipe).subject_span(TREE.prompts[0], TREE.name)
-    generator = torch.Generator().manual_seed(runs.NOISE_SEED)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
     widths = [getattr(pipe, name).config.hidden_size for name in encoders(pipe)]
     return (first, last), [
         [std * torch.randn(last - first + 1, w, generator=generator) for w in widths]
@@ -140,18 +138,35 @@ def drawn_noise(pipe, std, draws):
     ]
 
 
-def batched(pipe, where, groups, size, draws=1, calls=None):
+def batched(pipe, groups, size, draws=1, calls=None):
     """Images of TREE as `trace` makes them, before they are put on the 8-bit grid: by (row, d)."""
-    model, found = family_of(pipe), {}
-    rows = [(r, d) for d in range(draws) for r in range(1, 2 + len(groups))]
-    negative = model.unprompted(model.encode([""]))
-    (noised,) = runs.corruptions(pipe, TREE, 2.0, draws)[1]
-    with sampling.own_scheduler(pipe), torch.no_grad(), bar(1, "") as progress:
-        texts, jobs = runs.plan(pipe, TREE.prompts[0], noised, groups, where, rows, [3], size)
-        for job in jobs:
-            images = runs.run(pipe, texts, negative, job, 2, 7.5, calls, progress)
-            found |= {row: images[b] for b, row, _ in job.cells}
-    return found
+    model, (prompt,) = family_of(pipe), TREE.prompts
+    span, stds = model.subject_span(prompt, TREE.name), (2.0,) * len(encoders(pipe))
+    pictures = {(0, 0): Picture(prompt, 3)}
+    for d in range(draws):
+        noise = Noise(*span, stds, NOISE_SEED, d)
+        pictures[1, d] = Picture(prompt, 3, noise=noise)
+        for row, group in enumerate(groups, 2):
+            labels = tuple(site.label for site in group)
+            pictures[row, d] = Picture(prompt, 3, noise=noise, restored=labels, calls=calls)
+    made = [
+        image
+        for batch in batches(list(pictures.values()), lambda: size)
+        for image in paint_batch(model, batch, Sampling(steps=2))
+    ]
+    return dict(zip(pictures, made, strict=True))
+
+
+def painted(monkeypatch):
+    """Batches that are painted from now on, as lists of pictures."""
+    seen = []
+
+    def paints(model, batch, *args):
+        seen.append(list(batch))
+        return paint_batch(model, batch, *args)
+
+    monkeypatch.setattr(brush, "paint_batch", paints)
+    return seen
 
 
 @pytest.fixture(scope="module", params=BUILD, ids=list(BUILD))
@@ -159,11 +174,12 @@ def pipe(request):
     return BUILD[request.param]()
 
 
-@pytest.mark.parametrize("window, every, calls", [(1, 9, None), (3, 23, None), (1, 35, [1])])
-def test_a_batched_trace_of_the_unet_is_the_slow_one(pipe, window, every, calls):
-    groups, kept = adjacent(unet_sites(pipe), window)[::every], {}
-    found = batched(pipe, "unet", groups, 4, 2, calls)
-    modules = [[module_of(pipe, site) for site in group] for group in groups]
+@pytest.mark.parametrize("window, every, calls", [(1, 9, None), (3, 23, None), (1, 35, (1,))])
+def test_a_batched_trace_of_the_denoiser_is_the_slow_one(pipe, window, every, calls):
+    model, kept = family_of(pipe), {}
+    groups = adjacent(model.sites, window)[::every]
+    found = batched(pipe, groups, 4, 2, calls)
+    modules = [[model.module_of(site) for site in group] for group in groups]
     span, noise = drawn_noise(pipe, 2.0, 2)
     with torch.no_grad():
         text = slow_text(pipe)
@@ -183,8 +199,9 @@ def test_a_batched_trace_of_the_unet_is_the_slow_one(pipe, window, every, calls)
 
 @pytest.mark.parametrize("window, every", [(1, 2), (2, 5)])
 def test_a_batched_trace_of_the_text_encoders_is_the_slow_one(pipe, window, every):
-    groups, kept = adjacent(text_sites(pipe, TREE.prompts, TREE.name, "all"), window), {}
-    found = batched(pipe, "text_encoder", groups, 6)
+    sites, kept = family_of(pipe).text_sites(TREE.prompts, TREE.name, "all"), {}
+    groups = adjacent(sites, window)
+    found = batched(pipe, groups, 6)
     (first, last), (noise,) = drawn_noise(pipe, 2.0, 1)
     with torch.no_grad():
         text, noisy = slow_text(pipe, kept=kept), slow_text(pipe, noise, first)
@@ -233,12 +250,8 @@ def test_the_published_architectures_have_70_and_227_sites():
             unet = UNet2DConditionModel(layers_per_block=2, sample_size=8, **config)
             pooled = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
             inputs = dict(encoder_hidden_states=torch.empty(1, 7, unet.config.cross_attention_dim))
-            sites = record_sites(
-                unet,
-                lambda unet=unet, inputs=inputs, pooled=pooled: unet(
-                    torch.empty(1, 4, 8, 8), torch.zeros(()), **inputs, added_cond_kwargs=pooled
-                ),
-            )
+            noise = torch.empty(1, 4, 8, 8), torch.zeros(())
+            sites = record(unet, *noise, **inputs, added_cond_kwargs=pooled).sites
         found = [site.kind for site in sites]
         assert len(sites) == total and {kind: found.count(kind) for kind in kinds} == kinds
         names = [site.name for site in sites]
@@ -248,18 +261,18 @@ def test_the_published_architectures_have_70_and_227_sites():
 
 
 def test_sites_of_the_text_encoder_are_layers_parts_and_tokens(tiny_sd):
-    last = text_sites(tiny_sd, STYLE.prompts, STYLE.name)
+    last = family_of(tiny_sd).text_sites(STYLE.prompts, STYLE.name)
     names = [
         f"text_encoder.encoder.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "mlp")
     ]
     assert [site.name for site in last] == names and {site.token for site in last} == {0}
-    every = text_sites(tiny_sd, STYLE.prompts, STYLE.name, "all")
+    every = family_of(tiny_sd).text_sites(STYLE.prompts, STYLE.name, "all")
     assert sorted({site.token for site in every}) == list(range(-5, 5))
     assert every[0].label == f"{names[0]} @-5"
 
 
 def test_windows_hold_sites_that_lie_behind_each_other(tiny_sd):
-    sites = text_sites(tiny_sd, STYLE.prompts, STYLE.name, "all")
+    sites = family_of(tiny_sd).text_sites(STYLE.prompts, STYLE.name, "all")
     pairs = adjacent(sites, 2)
     assert len(pairs) == len(sites) // 2
     for a, b in pairs:
@@ -268,7 +281,7 @@ def test_windows_hold_sites_that_lie_behind_each_other(tiny_sd):
             and a.token == b.token
             and "layers.0" in a.name in b.name.replace("1", "0")
         )
-    sites = unet_sites(tiny_sd)
+    sites = family_of(tiny_sd).sites
     assert [group[0] for group in adjacent(sites, 3)] == list(sites[:-2])
 
 
@@ -316,7 +329,7 @@ def test_all_sites_together_restore_the_clean_image(tiny_sd):
     assert traced.images.shape == (3, 2, 1, 2, 3, 16, 16)
     assert (traced.images[2] - traced.images[0]).abs().max() <= 1.1 / 255
     assert (traced.images[1] - traced.images[0]).abs().max() > 3 / 255
-    assert set(traced.causal(traced.gap * 0.99)) == set(unet_sites(tiny_sd))
+    assert set(traced.causal(traced.gap * 0.99)) == set(family_of(tiny_sd).sites)
 
 
 def test_a_token_before_the_noise_restores_nothing(tiny_sd):
@@ -334,7 +347,7 @@ def test_a_token_before_the_noise_restores_nothing(tiny_sd):
 
 def test_the_default_noise_is_three_stds_of_the_subjects_embeddings(pipe):
     traced = loco.trace(
-        pipe, STYLE, sites=[unet_sites(pipe)[0].name], score=bright, seeds=[0],
+        pipe, STYLE, sites=[family_of(pipe).sites[0].name], score=bright, seeds=[0],
         steps=1,
     )  # fmt: skip
     ids = pipe.tokenizer("van gogh", add_special_tokens=False).input_ids
@@ -355,13 +368,13 @@ def test_draws_differ_and_do_not_depend_on_how_many_are_made(tiny_sd):
     assert three.restored.shape == (1, 2, 3, 2) and three.corrupted.shape == (2, 3, 2)
 
 
-@pytest.mark.parametrize("where", ["unet", "text_encoder"])
+@pytest.mark.parametrize("where", ["denoiser", "text_encoder"])
 def test_the_trace_does_not_depend_on_how_it_is_cut_in_batches(tiny_sd, where):
     run = dict(noise=2.0, score=bright, images=True, seeds=[0], steps=2)
-    if where == "unet":
-        run["sites"] = [site.name for site in unet_sites(tiny_sd)[20:24]]
+    if where == "denoiser":
+        run["sites"] = [site.name for site in family_of(tiny_sd).sites[20:24]]
     small, large = (loco.trace(tiny_sd, STYLE, where, batch_size=n, **run) for n in (2, 64))
-    assert (small.images - large.images).abs().max() <= 1.1 / 255
+    assert (small.images[:] - large.images[:]).abs().max() <= 1.1 / 255
     assert torch.allclose(small.effects, large.effects, atol=1e-3)
 
 
@@ -406,13 +419,33 @@ def test_the_effect_is_the_mean_of_restored_minus_corrupted(tiny_sd, traced, cli
     own = loco.generate(tiny_sd, STYLE.prompts, **FAST)
     assert (traced.images[0, :, 0] - own).abs().max() <= 1e-4 + 0.5 / 255
     for p, prompt in enumerate(STYLE.prompts):
-        assert torch.equal(
-            clip_based(traced.images[0, p, 0], [prompt] * 2).double(), traced.clean[p]
+        assert torch.allclose(
+            clip_based(traced.images[0, p, 0], [prompt] * 2).double(), traced.clean[p], atol=1e-4
         )
         assert torch.allclose(
             clip_based(traced.images[4, p, 1], [prompt] * 2).double(), traced.restored[2, p, 1],
             atol=1e-4,
         )  # fmt: skip
+
+
+def test_without_a_threshold_the_causal_sites_are_those_that_the_test_finds(traced):
+    sites, seen = 4, torch.Generator().manual_seed(0)
+    planted = torch.zeros(sites, 8, 2, 1, dtype=torch.float64)
+    planted[1] = 2.0
+    planted += 0.1 * torch.randn(planted.shape, generator=seen, dtype=torch.float64)
+    reference = torch.randn(8, 2, 1, generator=seen, dtype=torch.float64)
+    one = dataclasses.replace(traced, scored=planted + reference, reference=reference)
+    by_prompt = planted.mean((2, 3))
+    assert torch.allclose(one.test.p, max_t(by_prompt).p)
+    assert one.causal() == (traced.sites[1],) and one.test.verdict == "found"
+    # by brute force: all sign flips of the prompts at once, the largest of all sites
+    flips = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * 8)
+    largest = (flips @ by_prompt.T).amax(1)
+    p = (largest >= by_prompt.sum(1)[1] - 1e-9).double().mean()
+    assert one.test.p[1].item() == pytest.approx(p.item()) and p < 0.05
+    silent = dataclasses.replace(one, scored=planted[[0, 2, 3, 3]] + reference)
+    assert silent.causal() == () and silent.test.verdict == "none"
+    assert silent.causal(-1.0) == traced.sites
 
 
 def test_causal_sites_reach_the_threshold(traced):
@@ -423,11 +456,11 @@ def test_causal_sites_reach_the_threshold(traced):
 
 
 def test_the_threshold_is_a_share_of_what_the_noise_took(traced):
-    low = dataclasses.replace(traced, clean=traced.corrupted.mean(1) + 4.0)
-    high = dataclasses.replace(traced, clean=traced.corrupted.mean(1) + 8.0)
+    low = dataclasses.replace(traced, goal=traced.corrupted + 4.0)
+    high = dataclasses.replace(traced, goal=traced.corrupted + 8.0)
     assert threshold_from([low, high], 0.5) == pytest.approx(3.0)
     assert threshold_from(low) == pytest.approx(threshold_from([low], 0.2)) == pytest.approx(0.8)
-    flat = dataclasses.replace(traced, clean=traced.corrupted.mean(1))
+    flat = dataclasses.replace(traced, goal=traced.corrupted)
     for bad, fraction, reason in (
         ([], 0.2, "no validation trace"), ([low], 0, "fraction 0"), ([low], 1.5, "fraction 1.5"),
         ([flat], 0.2, "the noise took nothing"),
@@ -444,35 +477,35 @@ def test_noise_that_takes_nothing_is_warned_of(tiny_sd):
 
 def test_its_table_has_a_row_per_site(traced):
     frame = traced.to_frame()
-    assert list(frame) == ["site", "kind", "token", "effect", "low", "high", "score"]
+    assert list(frame) == ["site", "kind", "token", "effect", "low", "high", "p", "score"]
     assert len(frame) == len(traced.sites) == 4
     assert frame["effect"].tolist() == traced.effects.tolist()
 
 
 def test_a_trace_comes_back_equal_and_unlike_another(traced, tmp_path):
-    for name, each in {"with": traced, "without": dataclasses.replace(traced, images=None)}.items():
+    for name, each in {"with": traced, "without": dataclasses.replace(traced, pixels=None)}.items():
         each.save(tmp_path / name)
         again = loco.CausalTrace.load(tmp_path / name)
         assert again == each and again.sites == each.sites
         assert again.to_frame().equals(each.to_frame())
     other = traced.restored.clone()
     other[3, 0, 0, 0] += 1e-9
-    assert dataclasses.replace(traced, restored=other) != traced and traced != 3
+    assert dataclasses.replace(traced, scored=other) != traced and traced != 3
+    assert torch.equal(loco.CausalTrace.load(tmp_path / "with").images[:], traced.images[:])
 
 
-@pytest.mark.parametrize("damage", ["cut", "key", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_trace_is_refused_by_name(traced, tmp_path, damage):
     traced.save(tmp_path)
-    numbers, text = (tmp_path / f"causal_trace.{x}" for x in ("safetensors", "json"))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
     if damage == "cut":
-        numbers.write_bytes(numbers.read_bytes()[:-1])
-    elif damage == "key":
-        header = json.loads(text.read_text())
-        del header["concept"]
-        text.write_text(json.dumps(header))
+        path.write_bytes(whole[:-1])
+    elif damage == "flipped":
+        path.write_bytes(whole.replace(b"Van Gogh", b"van Gogh", 1))
     else:
-        numbers.unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="causal.trace.*(damaged|missing)"):
+        path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="causal_trace.*(damaged|missing)"):
         loco.CausalTrace.load(tmp_path)
 
 
@@ -486,24 +519,73 @@ def test_it_knows_how_it_was_made(tiny_sd, traced):
 def test_a_killed_trace_goes_on_with_the_same_result(
     tiny_sd, traced, clip_based, tmp_path, monkeypatch
 ):
-    real, calls = sampling.sample_batch, []
+    seen = []
 
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 4:
+    def dies(model, batch, *args):
+        seen.extend(batch)
+        if len(seen) > 2 * RUN["batch_size"]:  # the third batch
             raise KeyboardInterrupt
-        return real(*args)
+        return paint_batch(model, batch, *args)
 
     run = dict(score=clip_based, folder=tmp_path, **RUN)
-    monkeypatch.setattr(sampling, "sample_batch", dies)
+    monkeypatch.setattr(brush, "paint_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         loco.trace(tiny_sd, STYLE, "text_encoder", **run)
+    kept = len(list(tmp_path.glob("??/*.png")))
+    assert 0 < kept < len(seen)
+    batches_after = painted(monkeypatch)
     assert loco.trace(tiny_sd, STYLE, "text_encoder", **run) == traced
-    done = len(calls)
+    again, whole = sum(map(len, batches_after)), len(list(Store(tmp_path).entries()))
+    assert again == whole - kept > 0  # what was there was not painted again
+    batches_after.clear()
     other = loco.trace(tiny_sd, STYLE, "text_encoder", **run | {"score": bright})
-    assert len(calls) == done and torch.equal(other.images, traced.images)  # only scored again
-    with pytest.raises(ValueError, match="holds another run, which differs in noise"):
-        loco.trace(tiny_sd, STYLE, "text_encoder", **run | {"noise": 1.0})
+    assert not batches_after and torch.equal(other.images[:], traced.images[:])  # scored again
+    softer = loco.trace(tiny_sd, STYLE, "text_encoder", **run | {"noise": 1.0})  # beside it
+    assert softer.provenance.settings["noise"] == [1.0]
+    assert not torch.equal(softer.corrupted, traced.corrupted)
+    assert torch.equal(softer.clean, traced.clean)  # read: its clean runs are the same pictures
+    assert not {p for batch in batches_after for p in batch if p.noise is None}
+
+
+def test_without_images_a_trace_keeps_none(tiny_sd, tmp_path, monkeypatch):
+    seen = painted(monkeypatch)
+    bare = loco.trace(tiny_sd, TREE, "text_encoder", score=bright, **FAST | {"steps": 1})
+    assert seen and bare.pixels is None and torch.isfinite(bare.restored).all()
+    with pytest.raises(ValueError, match="not kept: paint again with images=True"):
+        _ = bare.images
+    bare.save(tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size < 20_000  # numbers alone
+
+
+# --- what is painted
+
+
+def test_a_batch_never_mixes_two_clean_runs(tiny_sd, monkeypatch):
+    seen = painted(monkeypatch)
+    names = [site.name for site in family_of(tiny_sd).sites[20:25]]
+    run = dict(sites=names, noise=2.0, score=bright, draws=2, batch_size=5, **FAST)
+    loco.trace(tiny_sd, STYLE, **run)
+    assert len({p.clean for batch in seen for p in batch}) == 4  # two prompts, two seeds
+    for batch in seen:
+        assert len({p.clean for p in batch}) == 1
+        clean = donors(batch) + [p for p in batch if p == p.clean]
+        assert len(clean) == 1 and len({*batch, *clean}) <= 5  # rows, the clean one included
+    made = [p for batch in seen for p in batch]
+    assert len(made) == len(set(made)) == 2 * 2 * (1 + 2 * (1 + len(names)))
+
+
+def test_equal_text_states_are_painted_once(tiny_sd, monkeypatch):
+    seen = painted(monkeypatch)
+    run = dict(tokens="all", noise=2.0, score=bright, seeds=[0], steps=1)
+    traced = loco.trace(tiny_sd, TREE, "text_encoder", **run)
+    before = [i for i, site in enumerate(traced.sites) if site.token < -1]
+    assert len(traced.sites) == 28 and len(before) == 16  # the noise does not reach them
+    made = [p for batch in seen for p in batch]
+    assert len(made) == len(set(made)) == 2 + 28 - 16
+    assert (traced.samples[before] == 0).all()  # they have the corrupted run's own scores
+    others = [i for i in range(28) if i not in before]
+    assert (traced.samples[others] != 0).any()
 
 
 # --- nothing is left behind, and what cannot be traced is refused
@@ -528,10 +610,10 @@ def test_the_pipeline_is_left_as_it_was(error):
 
     def interrupted(module, args):
         steps.append(1)
-        if error is not None and len(steps) == 2:  # the first one records the sites of the UNet
+        if error is not None and len(steps) == 2:
             raise error("in the middle")
 
-    for where, chosen in {"unet": ["mid_block.resnets.0"], "text_encoder": None}.items():
+    for where, chosen in {"denoiser": ["mid_block.resnets.0"], "text_encoder": None}.items():
         handle = unet.register_forward_pre_hook(interrupted)
         steps.clear()
         with nullcontext() if error is None else pytest.raises(error, match="in the middle"):
@@ -543,7 +625,7 @@ def test_the_pipeline_is_left_as_it_was(error):
 
 
 BAD = {
-    "where": (dict(where="vae"), "where='vae': choose \"unet\" or \"text_encoder\""),
+    "where": (dict(where="vae"), "where='vae': choose \"denoiser\" or \"text_encoder\""),
     "no noise": (dict(noise=0), "noise 0 corrupts nothing"),
     "negative noise": (dict(noise=-1.0), "noise -1.0 corrupts nothing"),
     "no such site": (dict(sites=["mid_block"]), "no site 'mid_block'; choose from the 70 sites"),
@@ -552,7 +634,7 @@ BAD = {
     "early step": (dict(restore_steps=[-1]), r"restore_steps \[-1\]"),
     "no step": (dict(restore_steps=[]), r"restore_steps \[\]"),
     "steps of text": (dict(where="text_encoder", restore_steps=[0]), "runs once"),
-    "tokens of unet": (dict(tokens="all"), "a UNet has no tokens"),
+    "tokens of unet": (dict(tokens="all"), "a denoiser has no tokens"),
     "other tokens": (dict(where="text_encoder", tokens="first"), 'choose "last" or "all"'),
     "window": (dict(window=71), "window 71 does not fit: 70 sites"),
     "text window": (dict(where="text_encoder", window=3), "window 3 does not fit: 2 sites"),
@@ -566,7 +648,7 @@ BAD = {
 
 @pytest.mark.parametrize("change, reason", BAD.values(), ids=BAD.keys())
 def test_bad_settings_are_refused(tiny_sd, change, reason):
-    settings = dict(where="unet", score=bright, **FAST)
+    settings = dict(where="denoiser", score=bright, **FAST)
     with pytest.raises(ValueError, match=reason):
         loco.trace(tiny_sd, STYLE, **settings | change)
 
@@ -594,7 +676,7 @@ def test_what_is_compiled_is_refused():
 # --- the figures
 
 
-def test_a_trace_of_text_is_drawn_as_a_map_and_one_of_a_unet_as_bars(tiny_sd):
+def test_a_trace_of_text_is_drawn_as_a_map_and_one_of_a_denoiser_as_bars(tiny_sd):
     run = dict(score=bright, seeds=[0], steps=1)
     traced = loco.trace(tiny_sd, STYLE, "text_encoder", tokens="all", **run)
     figure = effect_figure(traced, threshold=0.1)
@@ -604,7 +686,7 @@ def test_a_trace_of_text_is_drawn_as_a_map_and_one_of_a_unet_as_bars(tiny_sd):
     drawn = maps[1].collections[0].get_array().reshape(2, 10)
     mlp = [i for i, site in enumerate(traced.sites) if site.kind == "MLP"]
     assert drawn.flatten().tolist() == pytest.approx(traced.effects[mlp].tolist())
-    first = [site.name for site in unet_sites(tiny_sd)[:6]]
+    first = [site.name for site in family_of(tiny_sd).sites[:6]]
     bars = loco.trace(tiny_sd, TREE, sites=first, **run)
     figure = effect_figure(bars, threshold=0.5)
     (axis,) = figure.axes
@@ -616,6 +698,12 @@ def test_a_trace_of_text_is_drawn_as_a_map_and_one_of_a_unet_as_bars(tiny_sd):
         "ResNet",
         "self-attention",
     }
+
+
+def test_unet_is_another_word_for_denoiser(tiny_sd):
+    run = dict(sites=["mid_block.resnets.0"], score=bright, seeds=[0], steps=1)
+    traced = loco.trace(tiny_sd, TREE, "unet", **run)
+    assert traced.where == "denoiser" and traced == loco.trace(tiny_sd, TREE, **run)
 
 
 def test_a_site_knows_its_label():

@@ -136,7 +136,7 @@ def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:
 
 
 def effect_figure(trace: Any, threshold: float | None = None, *, title: str = "") -> Figure:
-    """Effects of a causal trace (arXiv 2310.13730, section 3): bars along a UNet, each with its
+    """Effects of a causal trace (arXiv 2310.13730, section 3): bars along a denoiser, each with its
     95 % interval; for text encoders a map of layer and token for each kind of site, or of layer
     and kind if a single token was traced.
 
@@ -145,8 +145,8 @@ def effect_figure(trace: Any, threshold: float | None = None, *, title: str = ""
         figure = effect_figure(loco.trace(pipe, concept, "text_encoder", tokens="all"))
     """
     frame = trace.to_frame()
-    draw = _effect_bars if trace.where == "unet" else _effect_maps
-    with sns.axes_style("whitegrid" if trace.where == "unet" else "white"):
+    draw = _effect_bars if trace.where == "denoiser" else _effect_maps
+    with sns.axes_style("whitegrid" if trace.where == "denoiser" else "white"):
         figure = draw(frame, threshold)
     if title:
         figure.suptitle(title, fontsize=10)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._progress import bar
 from ..families import Model, family_of
 from ..families.checks import whole_number
-from .batch import batches
+from .batch import batches, donors
 from .brush import painted
 from .fit import USUAL, BatchSize, checked_batch_size, out_of_memory
 from .picture import Picture, Sampling, checked_seeds
@@ -72,12 +72,18 @@ def paint(
     missing = [p for p in dict.fromkeys(listed) if kept is None or not kept.has(keys[p])]
     if not missing and batch_size == "fit":
         batch_size = 1  # nothing is to be measured
+    if map is not builtins.map and batch_size == "fit":
+        batch_size = USUAL
+    rows = checked_batch_size(model, batch_size, sampling)
+    if batch_size == 1 and any(donors([picture]) for picture in missing):
+        raise ValueError(
+            "batch_size 1 has no room for the clean run of a restored picture: pass 2 or more, or "
+            '"fit"'
+        )
     if map is not builtins.map:
-        rows = checked_batch_size(model, USUAL if batch_size == "fit" else batch_size, sampling)
         order = Order.of(pipe, sampling, kept, state) if missing else None
         stream = _elsewhere(map, order, list(batches(missing, rows)), keys, what)
     else:
-        rows = checked_batch_size(model, batch_size, sampling)
         stream = _here(_Brush(model, sampling, kept, keys, rows), missing, what)
     return _in_order(listed, missing, stream, kept, keys)
 
