@@ -16,8 +16,8 @@ from PIL import Image
 from loco_core.concepts import Concept
 from loco_core.display import contact_sheet, effect_figure, image_grid, score_curve, window_slider
 from loco_core.display.widgets import data_uri
+from loco_core.families.sites import KINDS, PARTS, Site
 from loco_core.localization.causal_trace import CausalTrace
-from loco_core.localization.sites import KINDS, PARTS, Site
 from loco_core.records import Provenance
 
 LABELS = ["layers 0, 1", "layers 1, 2", 'layers "2", 3']
@@ -164,7 +164,8 @@ def causal_trace(where: str, names: list[str], tokens: list[int | None]) -> Caus
     concept = Concept("Monet", "style", ["a house by Monet"], ["a house"])
     clean, corrupted = torch.ones(3, 2).double(), torch.full((3, 1, 2), 0.5).double()
     made = Provenance("made up", None, "0")
-    return CausalTrace(concept, where, groups, scores, clean, corrupted, None, made)
+    goal = clean[:, None].expand_as(corrupted)
+    return CausalTrace(concept, groups, scores, corrupted, goal, 1, None, 0, made, where)
 
 
 def kind_of(name: str) -> str:
