@@ -85,6 +85,7 @@ def test_a_wheel_carries_the_whole_library_and_its_checkpoints(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("loco_core/")}
     assert packed == files
+    assert {"loco_core/py.typed", "loco_core/__init__.pyi"} <= packed
 
 
 def _offline() -> dict[str, str]:

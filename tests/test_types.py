@@ -1,7 +1,10 @@
 """Types and shapes hold: mypy and ruff are clean, and a wrong shape is caught where it is made."""
 
+import inspect
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import loco_core as loco
 from loco_core.closed_form import solver as closed_form
 from loco_core.families import TextStates
 from loco_core.interventions import routing
+from tools import stub
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +30,75 @@ def test_the_code_is_clean(command):
         [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_stub_is_what_the_tables_of_names_say():
+    assert (ROOT / stub.STUB).read_text() == stub.stub()
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory) -> Path:
+    """A folder of a user's, in whose environment the library is installed, without torch."""
+    folder = tmp_path_factory.mktemp("user")
+    venv.create(folder / "venv", with_pip=False)
+    ignore = shutil.ignore_patterns("__pycache__", "checkpoints")
+    shutil.copytree(ROOT / "loco_core", site(folder) / "loco_core", ignore=ignore)
+    return folder
+
+
+def site(folder: Path) -> Path:
+    """Where packages are installed."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.check_output([folder / "venv" / "bin" / "python", "-c", code], text=True)
+    return Path(found.strip())
+
+
+def told(user: Path, *lines: str) -> list[str]:
+    """What mypy says of a user's file, with no setting of ours."""
+    (user / "mine.py").write_text("\n".join(["import loco_core as loco", *lines]))
+    command = [sys.executable, "-m", "mypy", "--python-executable", "venv/bin/python", "mine.py"]
+    return subprocess.run(command, cwd=user, capture_output=True, text=True).stdout.splitlines()
+
+
+def revealed(user: Path, names: list[str]) -> dict[str, str]:
+    """Name under `loco` -> its type."""
+    *lines, last = told(user, *(f"reveal_type(loco.{name})" for name in names))
+    assert last.startswith("Success"), lines
+    return dict(zip(names, (x.split('type is "')[1].rstrip('"') for x in lines), strict=True))
+
+
+def test_a_user_is_told_the_signature_of_localize_and_of_a_class(user):
+    types = revealed(user, ["localize", "Concept", "shapeland.concept", "__version__"])
+    assert types["localize"].startswith("def (pipe: Any, concept: loco_core.concepts.Concept")
+    assert types["localize"].endswith("-> loco_core.localization.localization.Localization")
+    assert types["Concept"].startswith("def (name: str, kind: str, prompts:")
+    assert types["shapeland.concept"].endswith("-> loco_core.concepts.Concept")
+    assert types["__version__"] == "str"
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("loco.locolize", 'Module has no attribute "locolize"'),
+        ("loco.shapeland.concpet", 'has no attribute "concpet"'),
+        ("loco.localize(0, 'star')", 'has incompatible type "str"; expected "Concept"'),
+        ("loco.generate(0, ['a star'], stpes=2)", 'Unexpected keyword argument "stpes"'),
+        ("loco.Concept('star')", "Missing positional arguments"),
+    ],
+)
+def test_a_users_slip_is_refused_before_anything_runs(user, code, error):
+    first, *_ = told(user, code)
+    assert "mine.py:2: error:" in first and error in first
+
+
+@pytest.mark.slow  # it reads all of torch
+def test_a_user_with_torch_is_told_the_type_of_every_name(user):
+    libraries = Path(torch.__file__).parents[1]
+    (site(user) / "libraries.pth").write_text(str(libraries))
+    types = revealed(user, sorted(loco.__all__))
+    modules = {name for name in types if inspect.ismodule(getattr(loco, name))}
+    assert {name for name, found in types.items() if found == "types.ModuleType"} == modules
+    assert {n for n, found in types.items() if found.startswith("def ")} == {*types} - modules
 
 
 def pairwise(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -74,6 +74,11 @@ def read_module(path: Path, root: Path = ROOT) -> Module:
     return Module(name, path.relative_to(root), tree, constants)
 
 
+def parsed(path: Path) -> ast.Module:
+    """The tree of a source file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def assigned(tree: ast.Module, name: str) -> Any:
     """The literal that a module assigns to `name`, or None if it does not."""
     for node in tree.body:
@@ -98,7 +103,7 @@ def modules(root: Path = ROOT) -> list[Module]:
 def public_names(known: list[Module], root: Path = ROOT) -> Links:
     """What users reach under `loco`, by where it is defined: the table of `loco_core/__init__.py`,
     then the `__all__` of the wings."""
-    top = ast.parse((root / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    top = parsed(root / PACKAGE / "__init__.py")
     shown = [(home, name, f"loco.{name}") for name, home in assigned(top, "_HOME").items()]
     wings: dict[str, str] = {}
     for name, home in assigned(top, "_WINGS").items():

@@ -59,7 +59,7 @@ def localize(
     restored, the corrupted run.
     """
     asked = {"neutral": neutral, "pooled": pooled, "noise": noise, "draws": draws}
-    takes = loco.localization.METHODS[method].__kwdefaults__
+    takes = loco.localization.METHODS[method].__kwdefaults__ or ()
     found = loco.localize(
         work.pipe, read.concept_of(work.pipe, concept, prompts), read.window(window),
         read.numbers(seeds), method=method, steps=steps, guidance=guidance,

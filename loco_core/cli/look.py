@@ -74,7 +74,7 @@ def generate(
     change = None if edit is None else read.load_edit(edit)
     prompts = loco.families.base.checked_prompts(read.lines(prompt))
     numbers = loco.painting.picture.checked_seeds(read.numbers(seeds))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"file": f"images/{p:03d}-seed-{seed}.png", "seed": seed, "prompt": text}
         for p, text in enumerate(prompts)
         for seed in numbers
