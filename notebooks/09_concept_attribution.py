@@ -42,8 +42,8 @@ from myst_nb import glue
 
 import loco_core as loco
 from loco_core.display import window_slider
-from loco_core.edits import erase_in_rounds
 from loco_core.inside import fidelity
+from loco_core.inside.cad import erase_in_rounds
 
 world = loco.shapeland
 loco.progress(False)
