@@ -86,9 +86,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     the images of a prompt varies at most as much as a toss, Var <= p (1-p): it covers more.
     Raises ValueError on a share outside [0, 1], and on less than one prompt.
 
-    >>> low, high = wilson(1.0, 10)
-    >>> round(low, 3), high
-    (0.655, 1.0)
+    >>> round(wilson(1.0, 10)[0], 3)
+    0.655
     """
     if n < 1 or not 0 <= share <= 1:
         raise ValueError(f"share {share!r} of {n!r} prompts: pass a mean in [0, 1] and n >= 1")
@@ -112,9 +111,8 @@ def paired_shares(differences: Tensor) -> tuple[float, float]:
     87 to 93 % in the worst worlds of n = 2 to 20, Student's t at least 93.7 % in all.
     Raises ValueError on anything but one number in [-1, 1] per prompt.
 
-    >>> low, high = paired_shares(torch.zeros(10))
-    >>> round(low, 3), round(high, 3)
-    (-0.271, 0.271)
+    >>> round(paired_shares(torch.zeros(10))[1], 3)
+    0.271
     """
     d = differences.double()
     if d.ndim != 1 or not len(d) or not bool((d.abs() <= 1).all()):
@@ -228,7 +226,7 @@ def max_t(
     >>> found.verdict, found.best, found.p.tolist()
     ('found', 1, [0.65625, 0.015625])
     """
-    d = differences.double().cpu()
+    d = differences.detach().double().cpu()
     if d.ndim != 2 or not d.numel() or not bool(d.isfinite().all()):
         raise ValueError(f"differences {tuple(d.shape)}: pass finite numbers [item, unit]")
     if not 0 < level < 1 or not 0 <= pooled <= 1:
@@ -245,11 +243,14 @@ def max_t(
 
 def _step_down(ordered: Tensor) -> Tensor:
     """Adjusted p of scaled items [item, unit] in falling order of their sums: [item]."""
-    flips, seen = _flips(ordered.shape[1]), ordered.sum(1, keepdim=True) - 1e-9
+    flips, seen = _flips(ordered.shape[1]), (ordered.sum(1) - 1e-9).tolist()
     reached = torch.zeros(len(ordered), dtype=torch.float64)
-    for some in flips.split(max(1, 2**20 // len(ordered))):  # 8 MB at a time
-        largest = (ordered @ some.T).flip(0).cummax(0).values.flip(0)  # of an item and all below
-        reached += (largest >= seen).sum(1)
+    for some in flips.split(max(1, 2**22 // len(ordered))):  # 32 MB at a time
+        sums = ordered @ some.T
+        largest = sums[-1]
+        for i in reversed(range(len(ordered))):
+            largest = torch.maximum(largest, sums[i])  # of this item and all below
+            reached[i] += (largest >= seen[i]).sum()
     return (reached / len(flips)).cummax(0).values
 
 
