@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+import tracemalloc
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -15,10 +16,13 @@ from PIL import Image
 
 from loco_core.concepts import Concept
 from loco_core.display import contact_sheet, effect_figure, image_grid, score_curve, window_slider
+from loco_core.display.pixels import eight_bit
 from loco_core.display.widgets import data_uri
 from loco_core.families.sites import KINDS, PARTS, Site
 from loco_core.localization.causal_trace import CausalTrace
+from loco_core.painting.images import Held, Images
 from loco_core.records import Provenance
+from loco_core.worlds.shapeland import draw
 
 LABELS = ["layers 0, 1", "layers 1, 2", 'layers "2", 3']
 
@@ -76,12 +80,27 @@ def test_static_slider_is_the_same_in_every_process(frames):
     assert twice[0] == twice[1]
 
 
+def decoded(uri: str) -> np.ndarray:
+    raw = base64.b64decode(uri.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).transpose(2, 0, 1)
+
+
 def test_frames_decode_to_the_images_that_went_in():
     x, y = np.meshgrid(np.linspace(0, 1, 32), np.linspace(0, 1, 32))
     image = np.stack([x, y, 1 - x])
-    raw = base64.b64decode(data_uri(image).split(",")[1])
-    decoded = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).transpose(2, 0, 1) / 255
-    assert np.abs(decoded - image).mean() < 0.02
+    assert np.abs(decoded(data_uri(image)) / 255 - image).mean() < 0.02
+
+
+def test_a_drawing_is_embedded_without_loss_and_a_photograph_in_a_quarter_of_its_bytes():
+    drawing = eight_bit(draw(object="star", style="Mira Holt", seed=0))
+    assert np.array_equal(decoded(data_uri(drawing)), drawing)
+    noise = np.fft.fft2(np.random.default_rng(0).random((3, 256, 256)))
+    frequency = np.hypot(*np.ix_(*[np.fft.fftfreq(256)] * 2))
+    waves = np.fft.ifft2(noise / np.maximum(frequency, 1 / 256)).real
+    waves = waves[:1] + 0.2 * waves
+    photograph = eight_bit((waves - waves.min()) / np.ptp(waves))
+    assert len(data_uri(photograph)) < photograph.nbytes / 4
+    assert np.abs(decoded(data_uri(photograph)) - photograph.astype(float)).mean() < 255 * 0.02
 
 
 def test_live_slider_shows_the_frame_it_is_moved_to(frames):
@@ -114,7 +133,8 @@ def test_without_a_kernel_the_output_is_html_only(frames):
         ({"scale": 0}, "at least 1"),
         ({"frames": []}, "no frames"),
         ({"frames": np.full((3, 3, 4, 4), np.nan)}, "NaN"),
-        ({"frames": np.zeros((3, 4, 4))}, r"expected \[..., 3, H, W\]"),
+        ({"frames": np.zeros((3, 4, 4))}, r"pictures are \[..., 3, H, W\]"),
+        ({"frames": np.zeros((3, 3, 4, 4), int)}, "floats in .0, 1. or uint8, not int64"),
     ],
 )
 def test_slider_refuses_what_it_cannot_show(frames, change, message):
@@ -123,13 +143,47 @@ def test_slider_refuses_what_it_cannot_show(frames, change, message):
 
 
 def test_contact_sheet_puts_every_image_in_its_place():
-    tiles = np.arange(6.0).reshape(6, 1, 1, 1) * np.ones((6, 3, 4, 4)) / 6
+    tiles = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1) * np.ones((6, 3, 4, 4), np.uint8)
     sheet = contact_sheet(tiles, columns=3, gap=1)
-    assert sheet.shape == (3, 9, 14)
-    assert [sheet[0, 5 * (k // 3), 5 * (k % 3)] for k in range(6)] == pytest.approx(
-        np.arange(6) / 6
-    )
-    assert (sheet[:, 4] == 1).all() and (sheet[:, :, 4] == 1).all()
+    assert sheet.shape == (3, 9, 14) and sheet.dtype == np.uint8
+    assert [sheet[0, 5 * (k // 3), 5 * (k % 3)] for k in range(6)] == list(range(6))
+    assert (sheet[:, 4] == 255).all() and (sheet[:, :, 4] == 255).all()
+
+
+BYTES = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 4, 4), dtype=np.uint8)
+SAME = {
+    "float64": BYTES / 255,
+    "float32": torch.from_numpy(BYTES).float() / 255,
+    "uint8 tensor": torch.from_numpy(BYTES),
+    "list of tensors": [torch.from_numpy(row) for row in BYTES],
+    "read when asked for": Images(Held(torch.from_numpy(BYTES))),
+}
+
+
+@pytest.mark.parametrize("pictures", SAME.values(), ids=SAME)
+def test_a_picture_looks_the_same_as_bytes_and_as_numbers(pictures):
+    assert np.array_equal(eight_bit(pictures), BYTES)
+    assert np.array_equal(contact_sheet(pictures, 3), contact_sheet(BYTES, 3))
+    shown = window_slider(pictures, ["a", "b"], "noise", scale=np.int64(2))
+    assert shown == window_slider(BYTES, ["a", "b"], "noise")
+    grids = [image_grid(x) for x in (pictures, BYTES)]
+    ours, theirs = ([axis.images[0].get_array() for axis in grid.axes] for grid in grids)
+    assert np.array_equal(ours, theirs)
+
+
+def test_bytes_are_shown_without_a_copy_and_numbers_are_rounded_and_cut():
+    assert np.shares_memory(eight_bit(BYTES), BYTES)
+    grey = [[[-1.0, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 7.0]]] * 3
+    assert eight_bit(grey)[0, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_of_many_large_pictures_one_at_a_time_is_held():
+    pictures = np.zeros((12, 3, 512, 512), np.uint8)
+    tracemalloc.start()
+    window_slider(pictures, [str(k) for k in range(12)], "black")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * pictures[0].nbytes
 
 
 def test_score_curve_draws_mean_band_and_found_window_on_labelled_axes():
@@ -237,9 +291,11 @@ def test_a_text_trace_of_one_token_is_one_map_of_layer_and_kind():
     ],
     ids=["24 sites", "225 sites"],
 )
-def test_bars_of_a_unet_trace_name_every_block_without_touching_and_draw_every_site(blocks):
+def test_bars_of_a_trace_of_the_denoiser_name_every_block_without_touching_and_draw_every_site(
+    blocks,
+):
     names = unet_sites(blocks)
-    figure = effect_figure(causal_trace("unet", names, [None]), threshold=0.4)
+    figure = effect_figure(causal_trace("denoiser", names, [None]), threshold=0.4)
     (axis,) = figure.axes
     heights = sorted(
         (bar.get_x(), bar.get_height())
@@ -247,7 +303,7 @@ def test_bars_of_a_unet_trace_name_every_block_without_touching_and_draw_every_s
         if hasattr(c, "patches")
         for bar in c
     )
-    trace = causal_trace("unet", names, [None])
+    trace = causal_trace("denoiser", names, [None])
     assert [height for _, height in heights] == pytest.approx(trace.effects.tolist())
     boxes, _ = text_boxes(figure, axis)
     assert len(boxes) == len(blocks) and not any(a.overlaps(b) for a, b in pairwise(boxes))

@@ -11,9 +11,10 @@ from conftest import build_tiny_sd, state
 import loco_core as loco
 from loco_core._progress import watched
 from loco_core.display import any_of, edit_explorer, explore, one_of, routing_matrix
+from loco_core.display.live import jobs
 from loco_core.display.live.jobs import Cancelled, Job, take_turns_with_cells
-from loco_core.display.live.results import Results, eight_bit
-from loco_core.display.plots import contact_sheet
+from loco_core.display.live.results import Results
+from loco_core.display.pixels import contact_sheet, eight_bit
 from loco_core.display.widgets import data_uri
 from loco_core.interventions.active import ours
 
@@ -46,7 +47,7 @@ def paint(pipe, prompt, routes=None, **settings):
 
 def uri(*images) -> str:
     """The data URI of a contact sheet of pictures in one row, on the 8-bit grid."""
-    return data_uri(contact_sheet(eight_bit(torch.stack(images)) / 255))
+    return data_uri(contact_sheet(torch.stack(images)))
 
 
 def matrix(pipe, start=None, **settings):
@@ -89,7 +90,7 @@ def test_a_routing_is_painted_for_every_seed_in_a_row_of_its_own(tiny_sd):
     explorer = routing_matrix(tiny_sd, PROMPTS, [1] * 16, seeds=[0, 5], steps=STEPS)
     images = loco.generate(tiny_sd, PROMPTS, [0, 5], STEPS)
     grid = torch.stack([images[0], images[1], images[1]], dim=1)
-    assert data_uri(contact_sheet(eight_bit(grid)[:, :] / 255, 3)) in explorer.to_html()
+    assert data_uri(contact_sheet(grid, 3)) in explorer.to_html()
     assert "seed 5" in explorer.to_html()
 
 
@@ -121,7 +122,7 @@ def test_an_edit_is_painted_before_and_after_at_the_chosen_lam_and_preserve(tiny
     with edit.applied(tiny_sd):
         after = loco.generate(tiny_sd, PROMPTS, [0], STEPS)[:, 0]
     assert not torch.equal(before, after)
-    sheet = contact_sheet(eight_bit(torch.stack([before, after])) / 255, 2)
+    sheet = contact_sheet(torch.stack([before, after]), 2)
     assert data_uri(sheet) in box.painter.picture.value
     assert "lam: 10; preserve: others" in box.painter.picture.value
 
@@ -387,6 +388,65 @@ def test_a_job_and_a_cell_wait_for_each_other():
         assert order[2:] == ["cell again", "late"]
     finally:
         InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def shell():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_a_cell_that_waits_for_a_picture_gets_it_and_has_its_turn_again(shell):
+    take_turns_with_cells()
+    box = explore(lambda k: np.full((3, 4, 4), k / 9), {"k": [1, 2]}, "grey", stills=False).live()
+    shell.user_ns |= {"box": box, "seen": (seen := []), "Job": Job}
+    shell.run_cell("pass")  # cells take turns from the next one on
+    cell = (
+        "box.controls['k'].value = '2'; box.painter.wait()\n"
+        "seen.append(box.painter.picture.value)\n"
+        "late = Job(lambda: seen.append('late'), print, lambda *_: None); late.start()\n"
+        "import time; time.sleep(0.2); seen.append('cell')"
+    )
+    thread = threading.Thread(target=shell.run_cell, args=[cell], daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    shell.user_ns["late"].join(60)
+    assert 'alt="grey; k: 2"' in seen[0] and seen[1:] == ["cell", "late"]
+
+
+def test_a_wait_that_is_interrupted_does_not_wait_for_the_job():
+    free, began = threading.Event(), threading.Event()
+
+    def work():
+        began.set()
+        free.wait(60)
+
+    class Interrupted(Job):
+        def join(self, timeout=None):
+            began.wait(60)
+            raise KeyboardInterrupt
+
+    job, ended = Interrupted(work, print, lambda *_: None), []
+
+    def cell():
+        jobs._cell_starts()
+        job.start()
+        with pytest.raises(KeyboardInterrupt):
+            jobs.wait_for(job)
+        jobs._cell_ends()
+        ended.append(job.is_alive())
+
+    thread = threading.Thread(target=cell, daemon=True)
+    thread.start()
+    thread.join(60)
+    free.set()
+    threading.Thread.join(job, 60)
+    assert ended == [True]  # it ended while the job still ran
+    assert jobs._turn.acquire(timeout=60)  # and nobody holds the turn
+    jobs._turn.release()
 
 
 def test_a_job_that_waits_for_its_turn_can_be_cancelled():

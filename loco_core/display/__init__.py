@@ -4,7 +4,8 @@ from .edits import interference_map, trade_off
 from .live.choices import any_of, one_of
 from .live.explore import Explorer, explore
 from .live.explorers import edit_explorer, routing_matrix
-from .plots import contact_sheet, effect_figure, image_grid, score_curve
+from .pixels import contact_sheet
+from .plots import effect_figure, image_grid, score_curve
 from .widgets import WindowSlider, window_slider
 
 __all__ = [

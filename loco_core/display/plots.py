@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from ..families import Site
+from ..painting import Images
+from .pixels import eight_bit
 
 CURVE, FOUND, TRUTH = sns.color_palette("colorblind", 3)
 
@@ -62,22 +64,22 @@ def score_curve(
 
 
 def image_grid(
-    images: ArrayLike,
+    images: ArrayLike | Images,
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     *,
     title: str = "",
     inches: float = 1.0,
 ) -> Figure:
-    """Labelled images: [row, column, 3, H, W] in [0, 1] (or [column, 3, H, W]: one row).
+    """Labelled images: [row, column, 3, H, W], uint8 or in [0, 1] (or [column, 3, H, W]: one row).
 
     Pixels stay crisp: an image is enlarged by whole blocks, never smoothed.
 
         figure = image_grid(np.zeros((2, 3, 3, 64, 64)), rows=["before", "after"])
     """
-    grid = np.asarray(images, dtype=np.float64)
+    grid = eight_bit(images)
     grid = grid[None] if grid.ndim == 4 else grid
-    if grid.ndim != 5 or grid.shape[2] != 3 or 0 in grid.shape:
+    if grid.ndim != 5:
         raise ValueError(
             f"image_grid: expected [row, column, 3, H, W] or [column, 3, H, W], got {grid.shape}"
         )
@@ -90,8 +92,7 @@ def image_grid(
         count_rows, count_columns, figsize=size, squeeze=False, layout="constrained"
     )
     for (row, column), axis in np.ndenumerate(axes):
-        pixels = grid[row, column].transpose(1, 2, 0).clip(0, 1)
-        axis.imshow(pixels, interpolation="nearest")
+        axis.imshow(grid[row, column].transpose(1, 2, 0), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         if rows and column == 0:
@@ -102,29 +103,6 @@ def image_grid(
         figure.suptitle(title, fontsize=10)
     plt.close(figure)
     return figure
-
-
-def contact_sheet(images: ArrayLike, columns: int | None = None, gap: int = 2) -> NDArray:
-    """One image [3, H', W'] out of many [..., 3, H, W], row by row, white gaps of `gap` pixels.
-
-    columns: images in a row; by default all of them, in one row.
-
-        contact_sheet(np.zeros((6, 3, 64, 64)), columns=3).shape  # (3, 130, 196)
-    """
-    tiles = np.asarray(images, dtype=np.float64)
-    if tiles.ndim < 3 or tiles.shape[-3] != 3 or 0 in tiles.shape:
-        raise ValueError(f"contact_sheet: expected [..., 3, H, W], got {tiles.shape}")
-    tiles = tiles.reshape(-1, *tiles.shape[-3:])
-    columns = len(tiles) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"contact_sheet: columns={columns}; give at least 1")
-    count_rows = -(-len(tiles) // columns)
-    height, width = tiles.shape[-2:]
-    sheet = np.ones((3, count_rows * (height + gap) - gap, columns * (width + gap) - gap))
-    for index, tile in enumerate(tiles):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        sheet[:, top : top + height, left : left + width] = tile
-    return sheet
 
 
 def _vector(name: str, values: ArrayLike, length: int | None = None) -> NDArray:

@@ -10,13 +10,14 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from .plots import contact_sheet
+from ..painting import Images
+from .pixels import contact_sheet, eight_bit
 
 # An attribute, not a <script>: it needs no id, works wherever the HTML is inserted, and two sliders
 # on one page cannot meet.
@@ -106,7 +107,7 @@ class WindowSlider:
 
 
 def window_slider(
-    frames: Sequence[ArrayLike],
+    frames: Sequence[ArrayLike] | Images,
     labels: Sequence[str],
     alt: str | Sequence[str],
     *,
@@ -118,10 +119,10 @@ def window_slider(
 ) -> WindowSlider:
     """A slider over images, one per window: live with a kernel, static without.
 
-    frames: per position an image [3, H, W] in [0, 1], or several [..., 3, H, W], shown as a contact
-    sheet of `columns`, a number or their headings; rows: names of its rows. labels: what each
-    position is called. alt: what each image shows, or one text for all, and the label is added.
-    start: position shown first. scale: CSS pixels per image pixel, crisp.
+    frames: per position an image [3, H, W], uint8 or in [0, 1], or several [..., 3, H, W], shown as
+    a contact sheet of `columns`, a number or their headings; rows: names of its rows. labels: what
+    each position is called. alt: what each image shows, or one text for all, and the label is
+    added. start: position shown first. scale: CSS pixels per image pixel, crisp.
 
         slider = window_slider(np.random.rand(15, 4, 3, 64, 64), [f"layers {j}, {j + 1}"
                                for j in range(15)], alt="four stars with one window swapped")
@@ -137,19 +138,17 @@ def window_slider(
         )
     if not 0 <= start < len(frames):
         raise ValueError(f"window_slider: start={start}; choose 0..{len(frames) - 1}")
-    if not isinstance(scale, int) or scale < 1:
+    if not isinstance(scale, Integral) or scale < 1:
         raise ValueError(f"window_slider: scale={scale!r}; give a whole number, at least 1")
-    count = columns if columns is None or isinstance(columns, int) else len(columns)
-    sheets = [contact_sheet(frame, count) for frame in frames]
-    positions = zip(sheets, labels, texts, strict=True)
-    return WindowSlider(
-        frames=tuple(Frame(data_uri(sheet), label, text) for sheet, label, text in positions),
-        name=name,
-        start=start,
-        width=max(sheet.shape[-1] for sheet in sheets) * scale,
-        rows=tuple(rows),
-        columns=() if columns is None or isinstance(columns, int) else tuple(columns),
-    )
+    headings = () if columns is None or isinstance(columns, Integral) else tuple(columns)
+    count = len(headings) or columns
+    positions, width = [], 0
+    parts = map(frames.rows, range(len(frames))) if isinstance(frames, Images) else frames
+    for frame, label, text in zip(parts, labels, texts, strict=True):
+        sheet = contact_sheet(frame, count)
+        positions.append(Frame(data_uri(sheet), label, text))
+        width = max(width, sheet.shape[-1] * scale)
+    return WindowSlider(tuple(positions), name, start, width, tuple(rows), headings)
 
 
 def labelled(
@@ -170,23 +169,14 @@ def labelled(
 
 
 def data_uri(image: ArrayLike) -> str:
-    """An image [3, H, W] in [0, 1] as a data URI: WebP, or PNG where that is smaller."""
-    pixels = np.asarray(image, dtype=np.float64).transpose(1, 2, 0)
-    if not np.isfinite(pixels).all():
-        raise ValueError("data_uri: the image holds NaN or infinite values")
-    picture = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
-    encoded = {
-        "webp": _encode(picture, "WEBP", quality=90, method=6),
-        "png": _encode(picture, "PNG", optimize=True),
-    }
-    kind = min(encoded, key=lambda k: len(encoded[k]))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
-
-
-def _encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """An image [3, H, W], uint8 or in [0, 1], as a data URI: WebP, of quality 90, or lossless where
+    it has as few colors as a drawing."""
+    picture = Image.fromarray(eight_bit(image).transpose(1, 2, 0))
+    drawn = picture.getcolors(picture.width * picture.height // 8) is not None
+    how: dict[str, Any] = {"lossless": True} if drawn else {"quality": 90}
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
+    picture.save(buffer, "WEBP", method=4, **how)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def kernel_is_there() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from ..plots import contact_sheet
+from ..pixels import contact_sheet
 from ..widgets import Frame, WindowSlider, data_uri, kernel_is_there, labelled
 from .choices import Choice, Labels, one_of
 from .jobs import take_turns_with_cells
@@ -108,7 +108,7 @@ def explore(
     along = next((k for k, c in choices.items() if not c.many), None) if stills else None
     path = [start] if along is None else [start | {along: (o,)} for o in choices[along].options]
     stills_made = [made(chosen) for chosen in path]
-    width = contact_sheet(stills_made[0].images, stills_made[0].pixels.shape[1]).shape[-1] * scale
+    width = contact_sheet(stills_made[0].pixels, stills_made[0].pixels.shape[1]).shape[-1] * scale
     frames, at = tuple(map(frame, path, stills_made)), path.index(start)
     if along is not None and len(frames) > 1:
         static = WindowSlider(frames, along, at, width, tuple(rows), tuple(columns)).to_html()
@@ -138,7 +138,7 @@ def explore(
 
 def frame_of(made: Made, label: str, alt: str) -> Frame:
     """The contact sheet of a result as one image."""
-    sheet = contact_sheet(made.images, made.pixels.shape[1])
+    sheet = contact_sheet(made.pixels, made.pixels.shape[1])
     return Frame(data_uri(sheet), label, alt)
 
 

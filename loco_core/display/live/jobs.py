@@ -68,6 +68,23 @@ class Job(threading.Thread):
             raise Cancelled
 
 
+def wait_for(job: Job) -> None:
+    """Return when a job has ended. A cell that waits lends its turn: the job could not begin."""
+    held = 0
+    with suppress(RuntimeError):  # it is not, or no longer, held by this thread
+        while True:
+            _turn.release()
+            held += 1
+    try:
+        job.join()
+    except BaseException:  # interrupted: the turn may be the job's, and is not waited for
+        for _ in range(held):
+            _turn.acquire(blocking=False)
+        raise
+    for _ in range(held):
+        _turn.acquire()
+
+
 def take_turns_with_cells() -> None:
     """From the next cell on, cells of this notebook and jobs wait for each other."""
     from IPython import get_ipython

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .jobs import Cancelled, Job
+from .jobs import Cancelled, Job, wait_for
 from .results import Made
 
 
@@ -69,9 +69,9 @@ class Painter:
             self.job.cancel()
 
     def wait(self) -> None:
-        """Return when nothing is being painted any more."""
+        """Return when nothing is being painted any more, also in the cell that asked for it."""
         if self.job is not None:
-            self.job.join()
+            wait_for(self.job)
 
     def _say(self, text: str) -> None:
         self.status.value = f'<span role="status">{html.escape(text)}</span>'

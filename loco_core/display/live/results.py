@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ... import records
 from ...families import family_of
 from ...painting.state import state_of
+from ..pixels import eight_bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Results:
         if made is None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                pixels = eight_bit(self.compute(**values))
+                pixels = grid_of(self.compute(**values))
             notes = tuple(dict.fromkeys(str(warning.message) for warning in caught))
             made = Made(pixels, notes)
             self._write(digest, made)
@@ -106,15 +107,9 @@ class _Kept:
     notes: tuple[str, ...]
 
 
-def eight_bit(images: ArrayLike) -> NDArray:
-    """[row, column, 3, H, W] uint8 of images in [0, 1] whose leading axes may be left out."""
-    pixels = np.asarray(images, dtype=np.float64)
-    if not 3 <= pixels.ndim <= 5 or pixels.shape[-3] != 3 or 0 in pixels.shape:
-        raise ValueError(
-            f"pictures are [row, column, 3, H, W], [column, 3, H, W] or [3, H, W]; got "
-            f"{pixels.shape}"
-        )
-    if not np.isfinite(pixels).all():
-        raise ValueError("the pictures hold NaN or infinite values")
-    pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+def grid_of(images: ArrayLike) -> NDArray[np.uint8]:
+    """[row, column, 3, H, W] uint8 of pictures whose leading axes may be left out."""
+    pixels = eight_bit(images)
+    if pixels.ndim > 5:
+        raise ValueError(f"pictures are at most [row, column, 3, H, W]; got {pixels.shape}")
     return pixels.reshape((1,) * (5 - pixels.ndim) + pixels.shape)
