@@ -13,6 +13,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from loco_core.files import atomic_write
@@ -178,19 +179,41 @@ def signature(node: Definition, bound: bool = False) -> str:
         return f"({ast.unparse(arguments)})" + (
             f" -> {ast.unparse(node.returns)}" if node.returns else ""
         )
-    if any("dataclass" in ast.unparse(mark) for mark in node.decorator_list):
-        fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
-        return f"({', '.join(map(_field, fields))})"
+    if _is_dataclass(node):
+        return f"({', '.join(fields(node).values())})"
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
             return signature(method, bound=True).removesuffix(" -> None")
     return ""
 
 
+def fields(node: ast.ClassDef) -> dict[str, str]:
+    """The fields of a dataclass as arguments, by name, in their order; first those it inherits."""
+    found: dict[str, str] = {}
+    for base in node.bases:
+        inherited = _classes().get(ast.unparse(base).partition("[")[0])
+        if inherited is not None and _is_dataclass(inherited):
+            found |= fields(inherited)
+    own = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+    own = [x for x in own if not ast.unparse(x.annotation).startswith("ClassVar")]
+    return found | {ast.unparse(x.target): _field(x) for x in own}
+
+
+@cache
+def _classes() -> dict[str, ast.ClassDef]:
+    """The public classes of the package, by name."""
+    nodes = (node for module in modules() for node in module.definitions.values())
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(mark) for mark in node.decorator_list)
+
+
 def _field(node: ast.AnnAssign) -> str:
     default = "" if node.value is None else ast.unparse(node.value)
     if default.startswith("field("):
-        default = "..."
+        default = "..." if "default" in default else ""
     return (
         ast.unparse(node.target)
         + f": {ast.unparse(node.annotation)}"
