@@ -152,10 +152,9 @@ def units(samples: Tensor) -> Tensor:
 def units_of(samples: Tensor) -> tuple[Tensor, str]:
     """The units that a sign flip turns, of samples [..., prompt, seed]: ([..., n], their name).
 
-    "prompt" from 6 prompts on, seeds averaged: the test speaks of prompts like these. With fewer
-    there are too few flips (2^5 = 32) to find anything among many items, so the unit is each
-    picture, a "picture" = prompt x seed: the test then speaks of other seeds of these very prompts
-    and says nothing of other prompts.
+    "prompt" from 6 prompts on, seeds averaged: the test speaks of prompts like these. Fewer have
+    too few flips (2^5 = 32) to find much, so the unit is each "picture", prompt x seed: the test
+    then speaks of other seeds of these very prompts, and says nothing of other prompts.
 
     >>> [(tuple(x.shape), u) for x, u in map(units_of, (torch.zeros(6, 2), torch.zeros(4, 2)))]
     [((6,), 'prompt'), ((8,), 'picture')]
@@ -286,7 +285,7 @@ def reaches_neutral(scores: Tensor, neutral: Tensor, baseline: Tensor, level: fl
         3. no difference is seen: the 95 % interval of best window - neutral begins at or below 0
     So the answer is no where nothing removes anything, or units are too few to tell. What is not
     seen may still be there: of 8 pictures (sd 2, effect 8) a window that removes half passes in
-    12 % of worlds, three quarters in 62 %; of 16 in 1 % and 28 %.
+    11 % of worlds, three quarters in 59 %; of 16 in 1 % and 28 %.
     Raises ValueError as `max_t`.
 
     >>> baseline, neutral = torch.linspace(20, 30, 8), torch.linspace(15, 25, 8)
