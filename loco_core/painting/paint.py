@@ -101,25 +101,22 @@ class _Brush:
     def __call__(
         self, reader: Reader, tick: Callable[[], object], batch: Sequence[Picture]
     ) -> list[Tensor]:
-        """A batch, [3, H, W] uint8 each, and kept if there is a store."""
+        """A batch, [3, H, W] uint8 each, and kept if there is a store. If it does not fit into
+        memory it is painted in two halves, and all that follow are as small."""
         try:
             return painted(self.model, self.sampling, batch, self.store, self.keys, reader, tick)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            return self._halved(reader, tick, batch, error)
-
-    def _halved(
-        self, reader: Reader, tick: Callable[[], object], batch: Sequence[Picture], error: Exception
-    ) -> list[Tensor]:
-        """The batch in two halves, and all that follow as small."""
+            told = str(error)
+        # only here, where the error and the tensors in its frames are gone, is their memory free
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
             raise MemoryError(
-                f"one picture does not fit into memory ({error}): pass a smaller size=, load the "
+                f"one picture does not fit into memory ({told}): pass a smaller size=, load the "
                 'pipeline with dtype="bfloat16", or offload it, pipe.enable_model_cpu_offload()'
-            ) from error
+            )
         half = -(-len(batch) // 2)
         self.rows.rows = max(2, min(self.rows.rows, half))
         return [x for part in (batch[:half], batch[half:]) for x in self(reader, tick, part)]
