@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..concepts import Concept
 from ..edits.weights import linear_of
 from ..families import Model, TextStates, family_of
 from ..families.running import plain
+from ..interventions.recording import recording
 from .rows import Rows, gather
 
 __all__ = ["PROMPT", "rows_of", "source_of"]
@@ -52,16 +53,8 @@ def _reader(model: Model, source: str) -> Callable[[Sequence[str]], TextStates]:
 @torch.no_grad()
 def _recorded(model: Model, module: nn.Module, prompts: list[str]) -> TextStates:
     """What `module` is handed while `prompts` are encoded: [prompt, token, d]."""
-    seen: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple) -> None:
-        seen.append(args[0].detach())
-
-    handle = module.register_forward_pre_hook(note)
-    try:
+    with recording(module, lambda args, kwargs, output: args[0].detach()) as seen:
         states = model.encode(prompts)
-    finally:
-        handle.remove()
     if not seen:
         raise ValueError(
             f"{type(module).__name__} was not run while the prompts were encoded: the text encoder "

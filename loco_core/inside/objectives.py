@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..families import family_of
 from ..families.running import plain
+from ..interventions.recording import recording
 
 __all__ = ["MEASURES", "OBJECTIVES", "Row", "Step", "gradients", "recorded", "value"]
 
@@ -106,17 +107,13 @@ def recorded(
     if not any(row.other for row in rows):
         held = model.unprompted(held)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    calls: list[tuple] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        calls.append((_rows(args, places, guided), _rows(kwargs, places, guided), output[0]))
+    def keep(args: tuple, kwargs: Mapping[str, Any], output: Any) -> tuple:
         tick()
+        return _rows(args, places, guided), _rows(kwargs, places, guided), output[0]
 
-    handle = plain(model.denoiser).register_forward_hook(note, with_kwargs=True)
-    try:
+    with recording(plain(model.denoiser), keep) as calls:
         final = model.latents(texts, held, generators, steps=steps, guidance=guidance)
-    finally:
-        handle.remove()
     if not calls:
         raise ValueError(
             "no call of the denoiser was recorded: torch.compile bypasses it; load the pipeline "
