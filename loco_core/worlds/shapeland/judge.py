@@ -25,7 +25,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Judge(nn.Module):
+class JudgeNet(nn.Module):
     """[n, 3, 64, 64] in [0, 1] -> dict attribute -> logits [n, answers]."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 48, 64, 96, 128, 160)):
@@ -52,13 +52,13 @@ class Judge(nn.Module):
 
 
 @cache
-def _trained_judge() -> Judge:
+def _trained_judge() -> JudgeNet:
     if not WEIGHTS.exists():
         raise FileNotFoundError(
             f"the judge's weights {WEIGHTS} are missing; "
             f"train them with `python -m loco_core.worlds.training judge`"
         )
-    net = Judge()
+    net = JudgeNet()
     net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     return net.eval()
 

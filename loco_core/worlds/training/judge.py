@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..shapeland.judge import ANSWERS, WEIGHTS, Judge
+from ..shapeland.judge import ANSWERS, WEIGHTS, JudgeNet
 from ..shapeland.vocabulary import Scene
 from .data import COUNT, Drawings, drawings
 from .loop import fit
@@ -21,7 +21,7 @@ def answers_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def accuracy(net: Judge, data: Drawings) -> dict[str, float]:
+def accuracy(net: JudgeNet, data: Drawings) -> dict[str, float]:
     """Share of right answers per attribute."""
     truth = answers_of(data.scenes)
     logits = [net(data.floats(rows)) for rows in torch.arange(len(data)).split(500)]
@@ -39,7 +39,7 @@ def train_judge(folder: Path, device: str = "cpu", steps: int = 900, count: int 
     data = drawings(count, folder)
     truth = answers_of(data.scenes)
     torch.manual_seed(0)
-    net = Judge().to(device)
+    net = JudgeNet().to(device)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(data), (128,), generator=generator)
