@@ -17,6 +17,8 @@ PROMPT, NEUTRAL = "a house by Van Gogh", "a house"
 STYLE = loco.Concept("Van Gogh", "style", [PROMPT], [NEUTRAL])
 LAYERS = 18
 FAST = dict(seeds=[0], steps=2)
+BYTE = 0.5 / 255 + 1e-4  # generate() rounds to the 8-bit grid
+STEP = 1.1 / 255  # of that grid
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,12 @@ def apart(a, b):
     return float((a - b).detach().abs().max())
 
 
-def unlike(pipe, prompts):
-    """A score: how far an image is from the pipeline's own images of `prompts`."""
-    same = loco.generate(pipe, prompts, **FAST).flatten(0, 1)
+def unlike(pipe, prompts, **run):
+    """A score: how far an image is from the nearest of the pipeline's own images of `prompts`."""
+    same = loco.generate(pipe, prompts, **FAST | run).flatten(0, 1)
 
     def score(images, texts):
-        return (images.unflatten(0, (-1, len(same))) - same).abs().mean((2, 3, 4)).flatten()
+        return (images[:, None] - same).abs().mean((2, 3, 4)).amin(1)
 
     return score
 
@@ -149,7 +151,7 @@ def test_images_are_those_of_the_pipeline_called_in_the_same_way(zeros, negative
     pipe = build_tiny_sdxl(zeros=zeros)
     images = loco.generate(pipe, [PROMPT, NEUTRAL], negative_prompt=negative, **FAST)
     for image, prompt in zip(images[:, 0], [PROMPT, NEUTRAL], strict=True):
-        assert apart(image, by_hand(pipe, prompt, negative_prompt=negative)) <= 1e-4
+        assert apart(image, by_hand(pipe, prompt, negative_prompt=negative)) <= BYTE
 
 
 def test_no_negative_prompt_is_another_call_than_an_empty_one(tiny_sdxl):
@@ -160,7 +162,7 @@ def test_no_negative_prompt_is_another_call_than_an_empty_one(tiny_sdxl):
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_images_without_guidance_are_those_of_the_pipeline(tiny_sdxl, guidance):
     image = loco.generate(tiny_sdxl, [PROMPT], guidance=guidance, **FAST)[0, 0]
-    assert apart(image, by_hand(tiny_sdxl, PROMPT, guidance=guidance)) <= 1e-4
+    assert apart(image, by_hand(tiny_sdxl, PROMPT, guidance=guidance)) <= BYTE
 
 
 # --- routing and the pooled text --------------------------------------------------------------
@@ -190,7 +192,7 @@ def test_a_routed_batch_equals_one_window_at_a_time(tiny_sdxl, guidance, pooled)
         )[0]
         for row in src
     ]  # fmt: skip
-    assert apart(whole, torch.stack(single)) <= 1e-4
+    assert apart(whole, torch.stack(single)) <= STEP
     assert (whole[2:] - whole[0]).abs().amax((1, 2, 3, 4)).min() > 1e-4
 
 
@@ -200,9 +202,9 @@ def test_layers_and_pooled_text_are_routed_apart(tiny_sdxl):
     for layers, pooled in ((0, 0), (0, 1), (1, 0), (1, 1)):
         routes, texts = [[layers] * LAYERS], [PROMPT, NEUTRAL]
         image = loco.generate(tiny_sdxl, [PROMPT], routes=routes, pooled_routes=[pooled], **run)
-        assert apart(image[0, 0], both(tiny_sdxl, texts[layers], texts[pooled])) <= 1e-4
+        assert apart(image[0, 0], both(tiny_sdxl, texts[layers], texts[pooled])) <= BYTE
     kept = loco.generate(tiny_sdxl, [PROMPT], routes=[[1] * LAYERS], **run)[0, 0]
-    assert apart(kept, both(tiny_sdxl, NEUTRAL, PROMPT)) <= 1e-4
+    assert apart(kept, both(tiny_sdxl, NEUTRAL, PROMPT)) <= BYTE
     assert apart(kept, both(tiny_sdxl, NEUTRAL, NEUTRAL)) > 1e-2  # the pooled text matters here
 
 
@@ -233,16 +235,20 @@ def test_a_sweep_finds_the_block_that_listens():
     for layer in loco.text_layers(pipe):
         loudness = 10 if layer.index in (9, 10) else 0
         pipe.unet.get_submodule(layer.name).to_out[0].weight.data *= loudness
-    found = loco.localize(pipe, STYLE, 2, pooled="swap", score=unlike(pipe, [NEUTRAL]), **FAST)
-    assert found.layers == (9, 10)
+    run = dict(seeds=range(6), steps=2)
+    score = unlike(pipe, [NEUTRAL], **run)
+    found = loco.localize(pipe, STYLE, 2, pooled="swap", score=score, **run)
+    assert found.layers == (9, 10) and found.test.verdict == "found"
 
 
 def test_a_folder_of_kept_pooled_text_is_not_taken_for_swapped(tiny_sdxl, tmp_path):
     run = dict(sources=[PROMPT, NEUTRAL], folder=tmp_path, **FAST)
     first = loco.generate(tiny_sdxl, [PROMPT], pooled_routes=[0], **run)
     assert torch.equal(loco.generate(tiny_sdxl, [PROMPT], pooled_routes=[0], **run), first)
-    with pytest.raises(ValueError, match="differs in pooled_routes"):
-        loco.generate(tiny_sdxl, [PROMPT], pooled_routes=[1], **run)
+    swapped = loco.generate(tiny_sdxl, [PROMPT], pooled_routes=[1], **run)
+    assert torch.equal(swapped, loco.generate(
+        tiny_sdxl, [PROMPT], pooled_routes=[1], sources=[PROMPT, NEUTRAL], **FAST
+    )) and apart(swapped, first) > 1e-2  # fmt: skip
 
 
 def test_an_unknown_pooled_is_refused_and_swapping_where_there_is_none(tiny_sdxl, tiny_sd):
