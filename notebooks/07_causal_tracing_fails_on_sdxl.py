@@ -31,8 +31,8 @@ thing = "star"
 noise = 0.8  # standard deviation on the words: with two encoders it takes more
 fraction = 0.2  # of what the noise took: the threshold of "causal"
 validation = 4  # other prompts, to choose the threshold
-prompts = 4  # of a sweep of LocoGen; with the seeds at least 5 pictures
-seeds = 2  # pictures per prompt of a sweep
+prompts = 5  # of a sweep of LocoGen; with the seeds at least 5 pictures
+seeds = 1  # pictures per prompt of a sweep
 steps = 6
 dtype = "float64"  # the same picture on every CPU; float32 is faster
 

@@ -91,7 +91,7 @@ def _plain(value: Any) -> bool:
 def _config(part: Any) -> dict[str, Any]:
     config = getattr(part, "config", None) or {}
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    hidden = ("transformers_version", "dtype", "torch_dtype")  # of whoever saved it
+    hidden = ("architectures", "transformers_version", "dtype", "torch_dtype")  # of who saved it
     return {
         k: v if _plain(v) else str(v)
         for k, v in sorted(config.items())
