@@ -1,20 +1,18 @@
 """Who paints: this process, processes on this machine, or machines beside it.
 
 A list is painted by a callable shaped like the builtin `map`. `engine` makes one from a word:
-
-1. The function and the items travel: a name and a few small values. What they make does not: a
-   worker writes it where it belongs, and hands back something small.
+1. The function and the items travel, small values. What they make does not: a worker writes it.
 2. Results come in the order of the items. An item whose worker is lost is done again by another.
 3. An item that fails does not stop the others. After the last one, one error names all that failed.
 
-The work is handed out by Dask (https://distributed.dask.org), which is imported here alone, and
-only once there is something to hand out.
+Dask (https://distributed.dask.org) hands the work out; it is imported here alone, and only then.
 """
 
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import uuid
 from collections import deque
@@ -22,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +196,8 @@ def _processes(environments: Sequence[dict[str, str]]) -> Iterator[Any]:
         for i, environment in enumerate(environments)
     }
     with SpecCluster(scheduler={"cls": Scheduler, "options": {**here, "port": 0}}) as cluster:
+        resource_tracker.ensure_running()  # which else unblocks the signal that is blocked below
+        cluster.loop.add_callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
         cluster.worker_spec.update(workers)  # now, so that Ctrl-C finds a cluster to close
         try:
             cluster.sync(cluster._correct_state)
