@@ -1,13 +1,12 @@
-"""What it costs to tell one set of weights from another, on one thread. [--json]
+"""What it costs to tell one set of weights from another, on one thread.
 
-    python benchmarks/digest.py [--json] [--repeats 3]
+    python benchmarks/digest.py --record results/digest.json
 
 67 million float32 weights, the least of three runs each: `records.digest`, rounded and exact (at
 most 0.25 s), beside the fingerprint of 0.3, which summed the bits and so was blind to their order;
 and the memory that a digest takes on top of the weights.
 """
 
-import argparse
 import hashlib
 import json
 import resource
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from common import arguments, finish
 from torch import nn
 
 from loco_core import records
@@ -66,17 +66,12 @@ def measure(repeats: int) -> dict:
 
 def main() -> int:
     """Measure, print, and return 0 if the bar is held."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     result = measure(args.repeats)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        for name, value in result.items():
-            print(f"{name:>22}: {value}")
-    return 0 if result["passed"] else 1
+    text = "\n".join(f"{name:>22}: {value}" for name, value in result.items())
+    return finish(args, result, n={"repeats": args.repeats}, text=text)
 
 
 if __name__ == "__main__":
