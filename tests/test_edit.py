@@ -1,10 +1,12 @@
 """An edit is exact to put on and take off, belongs to one model, and survives a disk."""
 
-import copy
+import dataclasses
 import errno
+import gc
 import json
 import os
 import struct
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from loco_core import records
 from loco_core.closed_form.solver import fit
 from loco_core.edits.edit import make_edit
 from loco_core.edits.low_rank import LowRankMap
+from loco_core.edits.stack import entries
+from loco_core.edits.weights import module_of
 
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 VALUE = KEY.replace("to_k", "to_v")
@@ -278,25 +282,24 @@ def test_edit_that_changes_nothing_warns(pipe):
         some_edit(pipe, VALUE, lam=1e30).apply(pipe)
 
 
-def test_originals_are_forgotten_with_their_pipeline():
-    from loco_core.edits import stack as applied
-
+def test_what_was_replaced_is_gone_with_the_module():
     pipe = build_tiny_sd()
     some_edit(pipe).apply(pipe)
-    held = len(applied.stacks)
+    kept = weakref.ref(entries(module_of(pipe, KEY))[0].saved)
+    assert kept() is not None
     del pipe
-    import gc
-
     gc.collect()
-    assert len(applied.stacks) <= held - 2
+    assert kept() is None
 
 
-def test_copy_of_an_edited_pipeline_is_on_its_own(pipe):
+def test_an_edit_that_is_equal_has_the_same_digest_and_another_has_not(pipe):
     edit = some_edit(pipe)
-    edit.apply(pipe)
-    twin = copy.deepcopy(pipe)
-    with pytest.raises(ValueError, match="is not applied to this pipeline"):
-        edit.revert(twin)
+    assert edit.digest == some_edit(pipe).digest and len(edit.digest) == 64
+    others = [some_edit(pipe, seed=7), some_edit(pipe, KEY), some_edit(pipe, lam=0.02)]
+    renamed = dataclasses.replace(edit.provenance, model="other")
+    others += [edit.scaled(0.5), dataclasses.replace(edit, provenance=renamed)]
+    assert len({each.digest for each in (edit, *others)}) == 6
+    assert all(edit != other for other in others)
 
 
 def test_saved_edit_is_small_equal_and_edits_alike(pipe, tmp_path):

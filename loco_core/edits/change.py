@@ -21,6 +21,12 @@ class Change(Protocol):
     def apply_to(self, weight: Tensor) -> Tensor:
         """W', in the dtype and on the device of W."""
 
+    def saved(self, weight: Tensor) -> Tensor:
+        """What of a weight has to be kept so that `restore` can undo the change, in CPU memory."""
+
+    def restore(self, weight: Tensor, saved: Tensor) -> None:
+        """Put back in place what `saved` kept of the weight: bit for bit as it was."""
+
     def relative_change(self, weight: Tensor) -> float:
         """||W' - W|| / ||W||."""
 

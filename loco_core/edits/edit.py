@@ -1,10 +1,10 @@
 """Edit: a change of some weights of one model that can be put on, taken off, saved and loaded.
 
 An edit holds, for every weight it touches, the change it makes there, never the changed weight: a
-file of a few KB. A change is a `LowRankMap` (one for all layers that read the same, see
+file of a few KB for maps. A change is a `LowRankMap` (one for all layers that read the same, see
 `closed_form`) or a `Knockout` of single entries. An edit belongs to the weights it was made for and
-refuses others. While it is applied, `applied` keeps the originals, so that taking it off gives them
-back bit for bit.
+refuses others. While it is applied, the modules keep what it replaced (`stack`), so that taking it
+off gives the originals back bit for bit.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._warn import warn
 from ..interventions.active import closed, opened
-from ..records import Provenance, model_name, revision, same, versions
+from ..records import Provenance, model_name, revision, versions
 from . import file as edit_file
+from . import stack
 from .change import Change
 from .lora import save_lora
-from .stack import newest, stacks
-from .weights import editable, fingerprint, module_of
+from .stack import LOCK
+from .weights import bare_module_of, editable, fingerprint, matches
 
 __all__ = ["Edit"]
 
@@ -60,10 +61,13 @@ class Edit:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Edit):
             return NotImplemented
-        return self is other or same(self, other)
+        return self is other or self.digest == other.digest
 
     def __hash__(self) -> int:
-        return hash((self.provenance.fingerprint, *sorted(self.changes)))
+        return hash(self.digest)
+
+    def __deepcopy__(self, memo: dict) -> Edit:
+        return self  # nothing in it ever changes
 
     def __repr__(self) -> str:
         made = self.provenance
@@ -75,6 +79,11 @@ class Edit:
             told += f", scale={self.scale:g}"
         method = made.settings.get("method", "edit")
         return f"<Edit: {method} of {len(self.changes)} weights of {made.model}{told}>"
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits that tell this edit from any other: the SHA-256 of what is saved."""
+        return edit_file.digest(self.changes, self.originals, self.provenance)
 
     @property
     def scale(self) -> float:
@@ -102,14 +111,21 @@ class Edit:
     def applied(self, pipe: Any, scale: float = 1.0) -> Iterator[Any]:
         """The edited pipeline for the length of a `with` block, then exactly the one before.
 
-        scale: see `scaled`. Restores also on an exception or Ctrl-C. Errors as `apply`.
+        scale: see `scaled`. Restores also on an exception or Ctrl-C, which goes on as it came;
+        where the edit cannot be taken off, it carries a note that says why. Errors as `apply` and
+        `revert`.
         """
         edit = self.scaled(scale)
         edit.apply(pipe)
         try:
             yield pipe
-        finally:
-            edit.revert(pipe)
+        except BaseException as error:
+            try:
+                edit.revert(pipe)
+            except Exception as left:
+                error.add_note(f"and the edit is still on: {left}")
+            raise
+        edit.revert(pipe)
 
     def to_lora(self, path: str | Path, pipe: Any) -> None:
         """Write the edit as a LoRA file that `pipe.load_lora_weights(path)` reads.
@@ -121,73 +137,58 @@ class Edit:
         """
         save_lora(self, path, pipe)
 
-    @torch.inference_mode()
     def apply(self, pipe: Any) -> None:
-        """Edit the weights of `pipe` in place, keeping the originals for `revert`.
+        """Edit the weights of `pipe` in place, keeping what `revert` needs.
 
         Each new weight has the pipeline's dtype and device; see the `apply_to` of its change for
-        how exactly it is computed.
+        how exactly it is computed. What is replaced is kept on the module, in CPU memory: of a map
+        the weight, of a knock-out the entries. Another pipeline that shares the module is edited
+        too, and copies and pickles of an edited pipeline can be reverted.
         Raises ValueError, and leaves the pipeline as it was, if the edit is already applied, was
-        made for other weights, meets a fused, quantised or adapter-wrapped projection, or if a
-        result overflows the dtype. Warns if no weight changes by a single bit.
+        made for other weights, meets a fused, quantised, offloaded or adapter-wrapped projection,
+        or if a result overflows the dtype. Warns if no weight changes by a single bit.
         """
-        modules = {name: editable(pipe, name) for name in self.changes}
-        others = {edit for module in modules.values() for edit, _ in stacks.get(module, [])}
-        if self in others:
-            raise ValueError(
-                f"{self!r} is already applied to this pipeline: call edit.revert(pipe) first"
-            )
-        fix = (
-            f"they are changed by {sorted(map(repr, others))}: revert that and apply "
-            "loco.compose(that, this), or make this edit on the edited pipeline"
-            if others
-            else f"load {self.provenance.model}, or make the edit again on this model"
-        )
-        self.check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
-        changed = False
-        try:
-            for name, module in modules.items():
-                before, after = module.weight.clone(), self.changes[name].apply_to(module.weight)
-                if not after.isfinite().all():
-                    raise ValueError(
-                        f"the edited {name} overflows {after.dtype}: load the pipeline in float32 "
-                        "or make the edit with a larger lam"
-                    )
-                changed |= not torch.equal(before, after)
-                stacks.setdefault(module, []).append((self, before))
-                module.weight.copy_(after)
-            torch.clear_autocast_cache()  # or an outer autocast keeps using the old weights
-            opened(pipe, _Applied(self))
-            if not changed:
-                warn(
-                    f"{self!r} changes nothing: its prompts and targets have the same embeddings, "
-                    "its scale is 0, lam is too large for the dtype of the pipeline, or the "
-                    "weights it knocks out are 0 already",
+        with LOCK:
+            modules = {name: editable(pipe, name) for name in self.changes}
+            stack.settle(modules.values())
+            on = {e.digest: e.label for m in modules.values() for e in stack.entries(m)}
+            if self.digest in on:
+                raise ValueError(
+                    f"{self!r} is already applied to this pipeline: call edit.revert(pipe) first"
                 )
-        except BaseException:  # Ctrl-C too, and a warning made an error: no half-applied edit
-            closed(pipe, _Applied(self))
-            self._restore([module for module in modules.values() if newest(module) == self])
-            raise
+            fix = (
+                f"they are changed by {sorted(on.values())}: revert that and apply "
+                "loco.compose(that, this), or make this edit on the edited pipeline"
+                if on
+                else f"load {self.provenance.model}, or make the edit again on this model"
+            )
+            self.check_made_for(pipe, {name: m.weight for name, m in modules.items()}, fix)
+            changed = stack.put_on(modules, self.changes, self)
+            try:
+                opened(pipe, _Applied(self))
+                if not changed:
+                    warn(
+                        f"{self!r} changes nothing: its prompts and targets have the same "
+                        "embeddings, its scale is 0, lam is too large for the dtype of the "
+                        "pipeline, or the weights it knocks out are 0 already",
+                    )
+            except BaseException:  # Ctrl-C, or a warning made an error
+                self.revert(pipe)
+                raise
 
-    @torch.inference_mode()
-    def revert(self, pipe: Any) -> None:
+    def revert(self, pipe: Any, *, subtract: bool = False) -> None:
         """Give the weights of `pipe` back bit for bit, as they were before `apply`.
 
-        Raises ValueError if the edit is not applied, or if another edit was applied on top of it.
+        Also through a LoRA that was loaded since. subtract: take off what the edit changed from
+        weights that something else changed too, up to rounding: W - (W_after - W_before).
+        Raises ValueError, and leaves the pipeline as it is, if the edit is not applied, if another
+        edit was applied on top of it, or if something else changed a weight since (a fused LoRA,
+        load_state_dict) and subtract is False.
         """
-        modules = {name: module_of(pipe, name) for name in self.changes}
-        for name, module in modules.items():
-            if not any(edit == self for edit, _ in stacks.get(module, [])):
-                raise ValueError(
-                    f"{self!r} is not applied to this pipeline ({name} has no such edit): call "
-                    "edit.apply(pipe) first, or use `with edit.applied(pipe):`"
-                )
-            if newest(module) != self:
-                raise ValueError(
-                    f"{self!r} is below {newest(module)!r} on {name}: revert that edit first"
-                )
-        self._restore(list(modules.values()))
-        closed(pipe, _Applied(self))
+        with LOCK:
+            modules = {name: bare_module_of(pipe, name) for name in self.changes}
+            stack.take_off(modules, self, subtract)
+            closed(pipe, _Applied(self))
 
     def save(self, path: str | Path) -> None:
         """Write the edit to `path`: safetensors, with a readable manifest in its metadata.
@@ -208,12 +209,11 @@ class Edit:
     def check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
         """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
         self._check_fits(pipe, weights)
-        found = {name: fingerprint(weight) for name, weight in weights.items()}
-        wrong = [name for name, mark in self.originals.items() if found[name] != mark]
+        wrong = [n for n, w in weights.items() if not matches(fingerprint(w), self.originals[n])]
         if wrong:
             raise ValueError(
                 f"{self!r} was made for other weights than those of this {model_name(pipe)} "
-                f"({len(wrong)} of {len(found)} differ, such as {wrong[0]}): {fix}"
+                f"({len(wrong)} of {len(weights)} differ, such as {wrong[0]}): {fix}"
             )
 
     def _check_fits(self, pipe: Any, weights: Mapping[str, Tensor]) -> None:
@@ -225,13 +225,6 @@ class Edit:
                     f"{self!r} does not fit {name} of this {model_name(pipe)}: {error}"
                 ) from None
 
-    def _restore(self, modules: list[nn.Module]) -> None:
-        for module in modules:
-            module.weight.copy_(stacks[module][-1][1])
-        torch.clear_autocast_cache()
-        for module in modules:  # only now: an interrupted restore can be repeated
-            stacks[module].pop()
-
 
 @dataclass(frozen=True)
 class _Applied:
@@ -241,6 +234,10 @@ class _Applied:
 
     def __call__(self, pipe: Any) -> Any:
         return self.edit.applied(pipe)
+
+    def still_on(self, pipe: Any) -> bool:
+        """Whether it is: a pipeline that shares the modules may have taken it off."""
+        return all(stack.is_on(bare_module_of(pipe, n), self.edit) for n in self.edit.changes)
 
 
 def make_edit(pipe: Any, changes: Mapping[str, Change], **settings: Any) -> Edit:

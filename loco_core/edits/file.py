@@ -30,6 +30,9 @@ MANIFEST = "loco_core.edit"
 KINDS = {"low-rank": LowRankMap, "knockout": Knockout}
 
 
+Told = tuple[dict[str, Any], dict[str, Tensor]]
+
+
 def write(
     path: str | Path,
     changes: Mapping[str, Any],
@@ -42,6 +45,66 @@ def write(
     """
     from safetensors.torch import save
 
+    manifest, tensors = _told(changes, originals, provenance)
+    manifest["sha256"] = _seal(manifest, tensors)
+    text = json.dumps(manifest, ensure_ascii=False, sort_keys=True)
+    atomic_write(path, save(tensors, metadata={MANIFEST: text}))
+
+
+def digest(changes: Mapping[str, Any], originals: Mapping[str, str], provenance: Provenance) -> str:
+    """SHA-256 of what `write` writes: equal for equal edits, saved and loaded or not."""
+    return _seal(*_told(changes, originals, provenance))
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], Provenance]:
+    """Changes, originals and provenance of the edit saved at `path`, equal to what was saved.
+
+    The file is read whole: what becomes of it later does not matter. Raises FileNotFoundError if
+    there is none, and ValueError with the path and the reason if it is damaged or no edit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no edit is saved at {path}: write one with edit.save(path)")
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        raise
+    except Exception as error:  # whatever a made-up file brings about
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"cannot load an edit from {path}: {reason}; make the edit again and save it"
+        ) from error
+
+
+def _parsed(blob: bytes) -> tuple[dict[str, Any], dict[str, str], Provenance]:
+    from safetensors.torch import load
+
+    tensors = load(blob)
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    if MANIFEST not in metadata:
+        raise ValueError(f"it has no {MANIFEST!r} in its metadata, so it is no edit")
+    manifest = json.loads(metadata[MANIFEST])
+    if manifest["format"] not in (FORMAT, *OLDER):
+        raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
+    if manifest.pop("sha256") != _seal(manifest, tensors):
+        raise ValueError("its contents do not match their checksum")
+    maps = [{"kind": "low-rank"}] * (len(tensors) // 2)
+    made = [_made(i, kind, tensors) for i, kind in enumerate(manifest.get("changes", maps))]
+    changes = {name: made[i] for name, i in manifest["weights"].items()}
+    originals, provenance = manifest["originals"], Provenance(**manifest["provenance"])
+    if originals.keys() != changes.keys() or not changes:
+        raise ValueError("its weights and its originals are not the same, or there are none")
+    if not all(isinstance(mark, str) for mark in originals.values()):
+        raise ValueError("its originals are no fingerprints")
+    if not isinstance(provenance.settings, dict) or not isinstance(provenance.model, str):
+        raise ValueError("its provenance has no settings or no model")
+    return changes, originals, provenance
+
+
+def _told(changes: Mapping[str, Any], originals: Mapping[str, str], provenance: Provenance) -> Told:
+    """A manifest without its seal, and the tensors that it describes."""
+    changes = dict(sorted(changes.items()))  # in one order: the digest is of what the edit is
     distinct = {change: i for i, change in enumerate(dict.fromkeys(changes.values()))}
     tensors: dict[str, Tensor] = {}
     kinds = []
@@ -58,41 +121,7 @@ def write(
         "originals": dict(originals),
         "provenance": dataclasses.asdict(provenance),
     }
-    manifest["sha256"] = _seal(manifest, tensors)
-    text = json.dumps(manifest, ensure_ascii=False, sort_keys=True)
-    atomic_write(path, save(tensors, metadata={MANIFEST: text}))
-
-
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], Provenance]:
-    """Changes, originals and provenance of the edit saved at `path`, equal to what was saved.
-
-    Raises FileNotFoundError if there is none, and ValueError with the path and the reason if the
-    file is damaged or no edit.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no edit is saved at {path}: write one with edit.save(path)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if MANIFEST not in metadata:
-            raise ValueError(f"it has no {MANIFEST!r} in its metadata, so it is no edit")
-        manifest = json.loads(metadata[MANIFEST])
-        if manifest["format"] not in (FORMAT, *OLDER):
-            raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
-        if manifest.pop("sha256") != _seal(manifest, tensors):
-            raise ValueError("its contents do not match their checksum")
-        maps = [{"kind": "low-rank"}] * (len(tensors) // 2)
-        made = [_made(i, kind, tensors) for i, kind in enumerate(manifest.get("changes", maps))]
-        changes = {name: made[i] for name, i in manifest["weights"].items()}
-        return changes, manifest["originals"], Provenance(**manifest["provenance"])
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"cannot load an edit from {path}: {error}; make the edit again and save it"
-        ) from error
+    return manifest, tensors
 
 
 def _made(number: int, kind: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -103,6 +103,14 @@ class Knockout:
             edited.copy_(weight)
         return edited.put_(indices, chosen)
 
+    def saved(self, weight: Tensor) -> Tensor:
+        """What is to be kept of a weight before it is edited: the entries, in CPU memory."""
+        return weight.detach().take(self.indices.to(weight.device)).cpu()
+
+    def restore(self, weight: Tensor, saved: Tensor) -> None:
+        """Put back, in place, what `saved` kept."""
+        weight.put_(self.indices.to(weight.device), saved.to(weight))
+
     @torch.no_grad()
     def relative_change(self, weight: Tensor) -> float:
         """||W' - W|| / ||W|| (Frobenius). Raises ValueError for another shape."""

@@ -141,6 +141,14 @@ class LowRankMap:
             new.copy_(exact.addmm_(exact @ D, R))
         return edited
 
+    def saved(self, weight: Tensor) -> Tensor:
+        """What is to be kept of a weight before it is edited: all of it, in CPU memory."""
+        return weight.detach().to("cpu", copy=True)
+
+    def restore(self, weight: Tensor, saved: Tensor) -> None:
+        """Put back, in place, what `saved` kept."""
+        weight.copy_(saved)
+
     @torch.no_grad()
     def relative_change(self, weight: Float[Tensor, "out d"]) -> float:
         """||W' - W|| / ||W|| (Frobenius) of a weight W [out, d], from the factors alone.

@@ -1,37 +1,144 @@
-"""Which edits are on which modules, and the weights below them.
+"""What is on a weight now, and how it comes off again.
 
-The originals of an applied edit are kept here, keyed by the module they came from, so that taking
-the edit off gives them back bit for bit.
+Each change leaves an entry on the module whose weight it changed. So copies of the module, pickles
+of it and other pipelines that share it know of the change too, and what was replaced is gone with
+the module. An entry says what the weight was before it (`Change.saved`, in CPU memory) and what it
+left: a weight that is not as the newest entry left it was changed by somebody else since, and is
+never overwritten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..records import digest as digest_of
 from ..records import model_name
-from .weights import editable, fingerprint
+from .change import Change
+from .weights import editable, fingerprint, matches
 
-#: Every edited module with its edits, newest last, each with the weight as it was before.
-stacks: WeakKeyDictionary[nn.Module, list[tuple[Any, Tensor]]] = WeakKeyDictionary()
+__all__ = ["Entry", "before_edit", "entries", "original", "original_of", "put_on", "take_off"]
+
+#: Two threads do not change weights at once.
+LOCK = threading.RLock()
+#: The attribute of a module that holds its entries, oldest first.
+ATTRIBUTE = "_loco_edits"
 
 
-def newest(module: nn.Module) -> Any:
-    """The edit on top of `module`, or None."""
-    stack = stacks.get(module)
-    return stack[-1][0] if stack else None
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One change that is on a weight. digest, label: of the edit it belongs to. saved: what it
+    replaced. left: the weight behind it, as `_told` tells it."""
+
+    digest: str
+    label: str
+    change: Change
+    saved: Tensor
+    left: Mapping[torch.dtype, str]
+
+    def __deepcopy__(self, memo: dict) -> Entry:
+        return self  # nothing in it ever changes
+
+
+def entries(module: nn.Module) -> list[Entry]:
+    """What is on the weight of `module`, the newest last."""
+    return vars(module).get(ATTRIBUTE, [])
+
+
+@torch.inference_mode()
+def put_on(modules: Mapping[str, nn.Module], changes: Mapping[str, Change], by: Any) -> bool:
+    """Change the weights of `modules` (name -> module); whether a single bit changed.
+
+    by: who does it, with a `digest` and a repr. Raises ValueError if a result overflows the dtype,
+    and leaves the weights as they were, as on Ctrl-C.
+    """
+    done: list[nn.Module] = []
+    changed = False
+    try:
+        for name, module in modules.items():
+            weight: Any = module.weight
+            after = changes[name].apply_to(weight)
+            if not torch.stack(after.aminmax()).isfinite().all():  # of NaN: NaN
+                raise ValueError(
+                    f"the edited {name} overflows {after.dtype}: load the pipeline in float32 or "
+                    "make the edit with a larger lam"
+                )
+            changed |= not torch.equal(weight, after)
+            with torch.inference_mode(False):  # else a copy of the module could not be pickled
+                saved = changes[name].saved(weight)
+            entry = Entry(by.digest, repr(by), changes[name], saved, _told(after))
+            done.append(module)
+            vars(module).setdefault(ATTRIBUTE, []).append(entry)
+            weight.copy_(after)
+        torch.clear_autocast_cache()  # or an outer autocast keeps using the weights before
+    except BaseException:
+        _give_back([m for m in done if entries(m) and entries(m)[-1].digest == by.digest])
+        raise
+    return changed
+
+
+@torch.inference_mode()
+def take_off(modules: Mapping[str, nn.Module], by: Any, subtract: bool = False) -> None:
+    """Give the weights back what the newest entry of each replaced, bit for bit.
+
+    by: whose entry it must be. subtract: where somebody else changed the weights since, take the
+    change off and leave that. Raises ValueError, and changes nothing, if it is not on, not the
+    newest, or if somebody else changed a weight. What was interrupted can be done again.
+    """
+    for name, module in modules.items():
+        if not is_on(module, by):
+            raise ValueError(
+                f"{by!r} is not applied to this pipeline ({name} has no such edit): call "
+                "edit.apply(pipe) first, or use `with edit.applied(pipe):`"
+            )
+        if entries(module)[-1].digest != by.digest:
+            raise ValueError(
+                f"{by!r} is below {entries(module)[-1].label} on {name}: revert that edit first"
+            )
+        if module.weight.device.type == "meta":
+            raise ValueError(
+                f"{name} was offloaded since {by!r} was applied: call pipe.remove_all_hooks() first"
+            )
+    foreign = [name for name, m in modules.items() if not (_intact(m) or _undone(m))]
+    if foreign and not subtract:
+        raise ValueError(
+            f"{len(foreign)} of {len(modules)} weights, such as {foreign[0]}, were changed by "
+            f"something else since {by!r} was applied, and giving back what was there before would "
+            "undo that too. Undo it first (pipe.unfuse_lora(), say), or call "
+            "edit.revert(pipe, subtract=True), which takes the edit's own change off, up to "
+            "rounding; where other weights were loaded in their place, load the pipeline again"
+        )
+    _subtract([modules[name] for name in foreign])
+    _give_back([module for name, module in modules.items() if name not in foreign])
+
+
+def is_on(module: nn.Module, by: Any) -> bool:
+    """Whether a change by `by` is on the weight of `module`."""
+    return any(entry.digest == by.digest for entry in entries(module))
+
+
+@torch.inference_mode()
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Forget entries whose weight was given back by somebody else, by `load_state_dict` say."""
+    for module in modules:
+        while entries(module) and not _intact(module) and _undone(module):
+            entries(module).pop()
+
+
+def original(module: nn.Module) -> Tensor:
+    """The weight of `module` as it was before any edit."""
+    return list(_lineage(module))[-1]
 
 
 def original_of(pipe: Any, name: str) -> Tensor:
-    """The weight `name` as it was before any edit was applied."""
-    module = editable(pipe, name)
-    stack = stacks.get(module)
-    return stack[0][1] if stack else module.weight.detach()
+    """The weight `name` of a pipeline as it was before any edit."""
+    return original(editable(pipe, name))
 
 
 @contextmanager
@@ -39,26 +146,98 @@ def before_edit(edit: Any, pipe: Any) -> Iterator[dict[str, Tensor]]:
     """Puts the weights that `edit` was made for into `pipe` for the length of a `with` block, and
     gives them by name. Raises ValueError if the pipeline has not had them."""
     modules = {name: editable(pipe, name) for name in edit.changes}
-    now = {name: module.weight.detach().clone() for name, module in modules.items()}
-    made_for = {}
+    weights: dict[str, Tensor] = {}
+    now: dict[str, Tensor] = {}
     for name, module in modules.items():
-        known = [*(weight for _, weight in stacks.get(module, [])), now[name]]
-        same_mark = [w for w in known if fingerprint(w) == edit.originals[name]]
-        if not same_mark:
+        known = (w for w in _lineage(module) if matches(fingerprint(w), edit.originals[name]))
+        weight = next(known, None)
+        if weight is None:
             raise ValueError(
                 f"{edit!r} was made for other weights than those of this {model_name(pipe)} "
                 f"({name} differs): load {edit.provenance.model}"
             )
-        made_for[name] = same_mark[0]
+        weights[name] = weight
+        if not torch.equal(weight, module.weight):
+            now[name] = module.weight.detach().clone()
     try:
-        _put(modules, made_for)
-        yield made_for
+        _put(modules, {name: weights[name] for name in now})
+        yield weights
     finally:
         _put(modules, now)
 
 
-@torch.no_grad()
-def _put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
-    for name, module in modules.items():
-        module.weight.copy_(weights[name])
+def _lineage(module: nn.Module) -> Iterator[Tensor]:
+    """The weight of `module`, and what it was below each of its entries; just the weight, if
+    somebody else changed it."""
+    weight: Any = module.weight.detach()
+    yield weight
+    if not entries(module) or not _intact(module):
+        return
+    for entry in reversed(entries(module)):
+        with torch.inference_mode(False), torch.no_grad():
+            weight = weight.clone()
+            entry.change.restore(weight, entry.saved)
+        yield weight
+
+
+def _intact(module: nn.Module) -> bool:
+    """Whether a weight is what its newest entry left, in whatever dtype by now."""
+    return _is(module.weight, entries(module)[-1].left)
+
+
+def _undone(module: nn.Module) -> bool:
+    """Whether a weight has by now what its newest entry replaced."""
+    entry, weight = entries(module)[-1], module.weight
+    return torch.equal(entry.change.saved(weight), entry.saved.to(weight.dtype))
+
+
+def _give_back(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        entry = entries(module)[-1]
+        entry.change.restore(module.weight, entry.saved)
+    _forget_newest(modules)
+
+
+def _subtract(modules: Sequence[nn.Module]) -> None:
+    """W - (W_after - W_before) of the newest entry of each."""
+    results = []
+    for module in modules:
+        entry, weight = entries(module)[-1], module.weight
+        before: Any = weight.detach().to("cpu", torch.float64, copy=True)
+        now = before.clone()
+        entry.change.restore(before, entry.saved)
+        results.append(now - (entry.change.apply_to(before) - before))
+    for module, result in zip(modules, results, strict=True):
+        module.weight.copy_(result)
+    _forget_newest(modules)
+
+
+def _forget_newest(modules: Sequence[nn.Module]) -> None:
     torch.clear_autocast_cache()
+    for module in modules:  # only now: an interrupted restore can be repeated
+        entries(module).pop()
+
+
+@torch.inference_mode()
+def _put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        modules[name].weight.copy_(weight)
+    torch.clear_autocast_cache()  # or an outer autocast keeps using the weights before
+
+
+def _told(weight: Tensor) -> dict[torch.dtype, str]:
+    """Digests of a weight in its dtype, and rounded to those it may be moved to and back from."""
+    return {d: _digest(weight, d) for d in (weight.dtype, torch.float16, torch.bfloat16)}
+
+
+def _is(weight: Tensor, told: Mapping[torch.dtype, str]) -> bool:
+    """Whether a weight is the one that was told, or what one rounding made of it."""
+    for dtype, digest in told.items():
+        rounded = weight.to(dtype)
+        if torch.equal(rounded.to(weight.dtype), weight) and _digest(rounded, dtype) == digest:
+            return True
+    return False
+
+
+def _digest(weight: Tensor, dtype: torch.dtype) -> str:
+    return digest_of([("", weight.detach().to(dtype))], exact=True)

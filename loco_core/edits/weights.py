@@ -28,6 +28,12 @@ def module_of(pipe: Any, name: str) -> nn.Module:
         ) from None
 
 
+def bare_module_of(pipe: Any, name: str) -> nn.Module:
+    """The same below the adapter that wraps it, if any does."""
+    module = module_of(pipe, name)
+    return getattr(module, "base_layer", module)
+
+
 def editable(pipe: Any, name: str) -> nn.Module:
     """The linear or convolution whose weight is `name`.
 
@@ -51,14 +57,31 @@ def linear_of(pipe: Any, name: str) -> nn.Linear:
 
 @torch.no_grad()
 def fingerprint(weight: Tensor) -> str:
-    """16 hex digits of the SHA-256 of a weight's shape and its values rounded to float16.
+    """Two marks of a weight, "float16:bfloat16": 16 hex digits each of the SHA-256 of its shape and
+    of its values rounded to these dtypes.
 
-    So a model loaded in float16, float32 or float64, on any device, has the same.
+    A model loaded in float16, float32 or float64, on any device, has the same first mark; one in
+    float32, float64 or bfloat16 the same second one. Compare two by `matches`.
     """
-    digest = hashlib.sha256(f"{list(weight.shape)}\n".encode())
-    half = weight.detach().to(device="cpu", dtype=torch.float16).contiguous()
-    digest.update(half.numpy())
-    return digest.hexdigest()[:16]
+    weight, shape = weight.detach(), f"{list(weight.shape)}\n".encode()
+    marks = []
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = weight.to(device="cpu", dtype=dtype).contiguous()
+        mark = hashlib.sha256(shape)
+        mark.update(rounded.view(torch.int16).numpy())
+        marks.append(mark.hexdigest()[:16])
+    return ":".join(marks)
+
+
+def matches(fingerprint: str, other: str) -> bool:
+    """Whether two fingerprints are of loads of one weight: either mark is enough. Edits of 0.3 have
+    the first alone.
+
+    >>> matches("1f:2e", "1f"), matches("1f:2e", "5a:2e"), matches("1f:2e", "2e:1f")
+    (True, True, False)
+    """
+    pairs = zip(fingerprint.split(":"), other.split(":"), strict=False)
+    return any(mark == known for mark, known in pairs)
 
 
 def kind_of(name: str) -> str:

@@ -27,7 +27,7 @@ from .._progress import bar
 from ..concepts import Concept
 from ..edits.edit import Edit, make_edit
 from ..edits.knockout import Knockout
-from ..edits.weights import fingerprint, linear_of
+from ..edits.weights import fingerprint, linear_of, matches
 from ..families import family_of
 from ..interventions.active import closed, opened, says_tensor
 from ..interventions.patching import rewriting
@@ -183,7 +183,7 @@ class Neurons:
         """The projections in `pipe`; refuses a pipeline with other weights."""
         modules = {name: linear_of(pipe, name) for name in self.weights}
         for name, mark in zip(self.weights, self.originals, strict=True):
-            if fingerprint(modules[name].weight) != mark:
+            if not matches(fingerprint(modules[name].weight), mark):
                 raise ValueError(
                     f"{self!r} belong to other weights than those of this "
                     f"{records.model_name(pipe)} ({name} differs): load {self.provenance.model}, "

@@ -91,5 +91,8 @@ def closed(pipe: Any, context: Callable[[Any], Any]) -> None:
 
 
 def reopened(pipe: Any) -> tuple[Callable[[Any], Any], ...]:
-    """The contexts that are open on `pipe`, oldest first."""
-    return tuple(_open.get(pipe, ()))
+    """The contexts that are open on `pipe`, oldest first, without those that say by `still_on` that
+    they are so no more."""
+    contexts = _open.get(pipe, [])
+    contexts[:] = [c for c in contexts if getattr(c, "still_on", lambda pipe: True)(pipe)]
+    return tuple(contexts)

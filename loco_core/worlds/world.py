@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..concepts import Concept
 from ..digests import fingerprint, weights
-from ..edits.stack import stacks
+from ..edits.stack import entries, original
 from ..families import family_of
 from ..judging.judge import Judge
 from ..judging.probes import Probe
@@ -131,9 +131,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _unedited(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights below the edits that are applied now."""
     originals = {
-        f"{path}.weight": stacks[module][0][1]
+        f"{path}.weight": original(module)
         for path, module in denoiser.named_modules()
-        if stacks.get(module)
+        if entries(module)
     }
     for name, x in weights(denoiser):
         yield name, originals.get(name, x)
