@@ -29,7 +29,7 @@ from . import stack
 from .change import Change
 from .lora import save_lora
 from .stack import LOCK
-from .weights import bare_module_of, editable, fingerprint, matches
+from .weights import bare_module_of, editables, fingerprint, matches
 
 __all__ = ["Edit"]
 
@@ -149,7 +149,7 @@ class Edit:
         or if a result overflows the dtype. Warns if no weight changes by a single bit.
         """
         with LOCK:
-            modules = {name: editable(pipe, name) for name in self.changes}
+            modules = editables(pipe, self.changes)
             stack.settle(modules.values())
             on = {e.digest: e.label for m in modules.values() for e in stack.entries(m)}
             if self.digest in on:
@@ -247,7 +247,7 @@ def make_edit(pipe: Any, changes: Mapping[str, Change], **settings: Any) -> Edit
     of the pipeline, for a weight that its change does not fit, or that holds NaN or infinite
     values.
     """
-    weights = {name: editable(pipe, name).weight for name in changes}
+    weights = {name: module.weight for name, module in editables(pipe, changes).items()}
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..records import digest as digest_of
 from ..records import model_name
 from .change import Change
-from .weights import editable, fingerprint, matches
+from .weights import editable, editables, fingerprint, matches
 
 __all__ = ["Entry", "before_edit", "entries", "original", "original_of", "put_on", "take_off"]
 
@@ -34,7 +34,8 @@ ATTRIBUTE = "_loco_edits"
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One change that is on a weight. digest, label: of the edit it belongs to. saved: what it
-    replaced. left: the weight behind it, as `_told` tells it."""
+    replaced. left: digests of the weight behind it, in its dtype and rounded
+    to those that it may be moved to and back from."""
 
     digest: str
     label: str
@@ -78,14 +79,18 @@ def put_on(modules: Mapping[str, nn.Module], changes: Mapping[str, Change], by: 
             weight.copy_(after)
         torch.clear_autocast_cache()  # or an outer autocast keeps using the weights before
     except BaseException:
-        _give_back([m for m in done if entries(m) and entries(m)[-1].digest == by.digest])
+        done = [m for m in done if entries(m) and entries(m)[-1].digest == by.digest]
+        for module in done:
+            _give_back(module)
+        _forget_newest(done)
         raise
     return changed
 
 
 @torch.inference_mode()
 def take_off(modules: Mapping[str, nn.Module], by: Any, subtract: bool = False) -> None:
-    """Give the weights back what the newest entry of each replaced, bit for bit.
+    """Give the weights back what the newest entry of each replaced: what they would be by now
+    without it, bit for bit.
 
     by: whose entry it must be. subtract: where somebody else changed the weights since, take the
     change off and leave that. Raises ValueError, and changes nothing, if it is not on, not the
@@ -105,7 +110,8 @@ def take_off(modules: Mapping[str, nn.Module], by: Any, subtract: bool = False) 
             raise ValueError(
                 f"{name} was offloaded since {by!r} was applied: call pipe.remove_all_hooks() first"
             )
-    foreign = [name for name, m in modules.items() if not (_intact(m) or _undone(m))]
+    through = {name: _through(module) for name, module in modules.items()}
+    foreign = [n for n, dtype in through.items() if dtype is None and not _undone(modules[n])]
     if foreign and not subtract:
         raise ValueError(
             f"{len(foreign)} of {len(modules)} weights, such as {foreign[0]}, were changed by "
@@ -115,7 +121,10 @@ def take_off(modules: Mapping[str, nn.Module], by: Any, subtract: bool = False) 
             "rounding; where other weights were loaded in their place, load the pipeline again"
         )
     _subtract([modules[name] for name in foreign])
-    _give_back([module for name, module in modules.items() if name not in foreign])
+    for name, module in modules.items():
+        if name not in foreign:
+            _give_back(module, through[name])
+    _forget_newest(modules.values())
 
 
 def is_on(module: nn.Module, by: Any) -> bool:
@@ -127,7 +136,7 @@ def is_on(module: nn.Module, by: Any) -> bool:
 def settle(modules: Iterable[nn.Module]) -> None:
     """Forget entries whose weight was given back by somebody else, by `load_state_dict` say."""
     for module in modules:
-        while entries(module) and not _intact(module) and _undone(module):
+        while entries(module) and not _through(module) and _undone(module):
             entries(module).pop()
 
 
@@ -145,7 +154,7 @@ def original_of(pipe: Any, name: str) -> Tensor:
 def before_edit(edit: Any, pipe: Any) -> Iterator[dict[str, Tensor]]:
     """Puts the weights that `edit` was made for into `pipe` for the length of a `with` block, and
     gives them by name. Raises ValueError if the pipeline has not had them."""
-    modules = {name: editable(pipe, name) for name in edit.changes}
+    modules = editables(pipe, edit.changes)
     weights: dict[str, Tensor] = {}
     now: dict[str, Tensor] = {}
     for name, module in modules.items():
@@ -171,18 +180,24 @@ def _lineage(module: nn.Module) -> Iterator[Tensor]:
     somebody else changed it."""
     weight: Any = module.weight.detach()
     yield weight
-    if not entries(module) or not _intact(module):
+    if not entries(module) or not (dtype := _through(module)):
         return
     for entry in reversed(entries(module)):
         with torch.inference_mode(False), torch.no_grad():
             weight = weight.clone()
-            entry.change.restore(weight, entry.saved)
+            entry.change.restore(weight, entry.saved.to(dtype))
         yield weight
 
 
-def _intact(module: nn.Module) -> bool:
-    """Whether a weight is what its newest entry left, in whatever dtype by now."""
-    return _is(module.weight, entries(module)[-1].left)
+def _through(module: nn.Module) -> torch.dtype | None:
+    """The dtype to which a weight was rounded since its newest entry, its own if it was not; None
+    for one that something else changed."""
+    weight: Any = module.weight
+    for dtype, digest in entries(module)[-1].left.items():
+        rounded = weight.to(dtype)
+        if torch.equal(rounded.to(weight.dtype), weight) and _digest(rounded, dtype) == digest:
+            return dtype
+    return None
 
 
 def _undone(module: nn.Module) -> bool:
@@ -191,11 +206,10 @@ def _undone(module: nn.Module) -> bool:
     return torch.equal(entry.change.saved(weight), entry.saved.to(weight.dtype))
 
 
-def _give_back(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        entry = entries(module)[-1]
-        entry.change.restore(module.weight, entry.saved)
-    _forget_newest(modules)
+def _give_back(module: nn.Module, through: torch.dtype | None = None) -> None:
+    """Put back what the newest entry replaced. through: a dtype that the weight was rounded to."""
+    entry = entries(module)[-1]
+    entry.change.restore(module.weight, entry.saved.to(through))
 
 
 def _subtract(modules: Sequence[nn.Module]) -> None:
@@ -209,10 +223,9 @@ def _subtract(modules: Sequence[nn.Module]) -> None:
         results.append(now - (entry.change.apply_to(before) - before))
     for module, result in zip(modules, results, strict=True):
         module.weight.copy_(result)
-    _forget_newest(modules)
 
 
-def _forget_newest(modules: Sequence[nn.Module]) -> None:
+def _forget_newest(modules: Iterable[nn.Module]) -> None:
     torch.clear_autocast_cache()
     for module in modules:  # only now: an interrupted restore can be repeated
         entries(module).pop()
@@ -226,17 +239,7 @@ def _put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Non
 
 
 def _told(weight: Tensor) -> dict[torch.dtype, str]:
-    """Digests of a weight in its dtype, and rounded to those it may be moved to and back from."""
     return {d: _digest(weight, d) for d in (weight.dtype, torch.float16, torch.bfloat16)}
-
-
-def _is(weight: Tensor, told: Mapping[torch.dtype, str]) -> bool:
-    """Whether a weight is the one that was told, or what one rounding made of it."""
-    for dtype, digest in told.items():
-        rounded = weight.to(dtype)
-        if torch.equal(rounded.to(weight.dtype), weight) and _digest(rounded, dtype) == digest:
-            return True
-    return False
 
 
 def _digest(weight: Tensor, dtype: torch.dtype) -> str:

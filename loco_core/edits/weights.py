@@ -5,14 +5,14 @@ A weight is named from the pipeline down: "unet.mid_block. ... .attn2.to_k.weigh
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..families import TextLayer, family_of
-from ..families.checks import plain_module
+from ..families.checks import plain_module, refuse_streamed
 from ..families.running import plain
 from ..records import model_name
 
@@ -43,6 +43,23 @@ def editable(pipe: Any, name: str) -> nn.Module:
     module_of(pipe, name)
     path, _, last = name.removesuffix(".weight").rpartition(".")
     return plain_module(module_of(pipe, path), last, name)
+
+
+def editables(pipe: Any, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Weight name -> the linear or convolution that holds it, of all weights of an edit.
+
+    Raises ValueError as `editable`, and for a weight that is neither of the denoiser nor of a text
+    encoder, or of which another copy is kept that would soon overwrite the edited one.
+    """
+    names, model = list(names), family_of(pipe)
+    for component in dict.fromkeys(name.partition(".")[0] for name in names):
+        if component not in model.networks:
+            name = next(n for n in names if n.partition(".")[0] == component)
+            raise ValueError(
+                f"{name} can not be edited: only weights of {', '.join(model.networks)} can"
+            )
+        refuse_streamed(model.networks[component], component)
+    return {name: editable(pipe, name) for name in names}
 
 
 def linear_of(pipe: Any, name: str) -> nn.Linear:

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PLAIN", "plain_module", "refuse_compiled", "refuse_fused", "whole_number"]
+__all__ = ["PLAIN", "plain_module", "refuse_compiled", "refuse_fused",
+           "refuse_streamed", "whole_number"]  # fmt: skip
 
 #: Modules whose output is their `weight` times what they read (plus a bias), and nothing else.
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,6 +64,20 @@ def refuse_compiled(network: nn.Module) -> None:
             raise ValueError(
                 f"the denoiser is compiled ({name or type(module).__name__}) and would ignore the "
                 "hooks that route text: load the pipeline again and do not call torch.compile"
+            )
+
+
+def refuse_streamed(network: nn.Module, where: str) -> None:
+    """Group offloading by a stream keeps pinned copies of all weights, and puts them back after
+    each call. Raises ValueError for a network, called `where`, that is offloaded so."""
+    for module in network.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = registry and registry.get_hook("group_offloading")
+        if hook and getattr(hook.group, "stream", None) is not None:
+            raise ValueError(
+                f"{where} is offloaded in groups by a stream, which would put its own copies of "
+                "the weights back: edit the pipeline first and offload it then, or use "
+                "enable_model_cpu_offload()"
             )
 
 
