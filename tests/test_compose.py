@@ -178,12 +178,21 @@ def test_edits_of_different_models_do_not_compose(pipe):
     other = build_tiny_sd(seed=3)
     with pytest.raises(ValueError, match="not for the same weights .*differs.*same unedited"):
         loco.compose(a, loco.locoedit(other, MONET, LAYERS))
-    other.register_to_config(_name_or_path="someone/else")
-    with pytest.raises(ValueError, match="not for the same weights: make both"):
-        loco.compose(a, loco.locoedit(other, MONET, [3]))
+    apart = loco.compose(a, loco.locoedit(other, MONET, [3]))  # no weight in common to tell by
+    for either in (pipe, other):
+        with pytest.raises(ValueError, match="made for other weights"):
+            apart.apply(either)
     with a.applied(pipe):  # already edited weights are other weights
         with pytest.raises(ValueError, match="not for the same weights"):
             loco.compose(a, loco.locoedit(pipe, MONET, LAYERS))
+
+
+def test_edits_of_one_model_in_two_folders_compose(pipe, tmp_path):
+    edits = []
+    for name, concept in (("here", GOGH), ("there", MONET)):
+        pipe.save_pretrained(tmp_path / name)
+        edits.append(loco.locoedit(loco.load(tmp_path / name), concept, LAYERS))
+    assert far(edited(pipe, loco.compose(*edits)), edited(pipe, edits[0])) > 0.01
 
 
 # -- scale

@@ -11,10 +11,12 @@ import weakref
 import pytest
 import torch
 from conftest import build_tiny_sd
+from safetensors.torch import load, save
 
 import loco_core as loco
 from loco_core import records
 from loco_core.closed_form.solver import fit
+from loco_core.edits import file as edit_file
 from loco_core.edits.edit import make_edit
 from loco_core.edits.low_rank import LowRankMap
 from loco_core.edits.stack import entries
@@ -369,6 +371,71 @@ def test_every_damaged_byte_range_of_a_file_is_refused_by_name(pipe, tmp_path):
         with pytest.raises(ValueError, match=r"cannot load an edit from .*edit\.safetensors: "):
             loco.Edit.load(path)
             pytest.fail(what)
+
+
+def test_what_becomes_of_a_file_does_not_change_what_was_loaded(pipe, tmp_path):
+    edit, path = some_edit(pipe), tmp_path / "edit.safetensors"
+    edit.save(path)
+    loaded = loco.Edit.load(path)
+    whole = path.read_bytes()
+    with open(path, "r+b") as file:  # in place, as `cp other path` writes
+        file.seek(len(whole) - 64)
+        file.write(bytes(64))
+        file.truncate(len(whole) - 32)
+    assert loaded == edit
+    for name, change in edit.changes.items():
+        assert torch.equal(loaded.changes[name].R, change.R)
+    with loaded.applied(pipe):
+        pass
+
+
+def resealed(path, change):
+    """Change the manifest of a file, and seal it anew, as whoever knows how can."""
+    blob = path.read_bytes()
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    manifest, tensors = json.loads(header["__metadata__"]["loco_core.edit"]), load(blob)
+    manifest.pop("sha256")
+    manifest = change(manifest) or manifest
+    manifest["sha256"] = edit_file._seal(manifest, tensors)
+    path.write_bytes(save(tensors, metadata={"loco_core.edit": json.dumps(manifest)}))
+
+
+MADE_UP = {
+    "no weights": lambda m: m.update(weights={}, originals={}),
+    "a list of weights": lambda m: m.update(weights=[]),
+    "a list of originals": lambda m: m.update(originals=[]),
+    "other originals": lambda m: m["originals"].update(other="1f"),
+    "an original that is no text": lambda m: m["originals"].update({KEY: 3}),
+    "no settings": lambda m: m["provenance"].update(settings=None),
+    "no model": lambda m: m["provenance"].update(model=None),
+    "a change that is not there": lambda m: m["weights"].update({KEY: 9}),
+    "a kind that is not there": lambda m: m["changes"][0].update(kind="other"),
+    "a factor beyond float": lambda m: m.update(
+        changes=[{"kind": "knockout", "shape": [2, 2], "factor": 10**400}]
+    ),
+    "another format": lambda m: m.update(format=99),
+    "a manifest of one number": lambda m: {"format": 3},
+}
+
+
+@pytest.mark.parametrize("change", MADE_UP.values(), ids=MADE_UP.keys())
+def test_a_made_up_file_under_a_good_seal_is_refused_by_name(change, pipe, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    some_edit(pipe).save(path)
+    resealed(path, lambda manifest: None)
+    assert loco.Edit.load(path) == some_edit(pipe)
+    resealed(path, change)
+    with pytest.raises(ValueError, match=r"cannot load an edit from .*edit\.safetensors: "):
+        loco.Edit.load(path)
+
+
+def test_a_manifest_without_end_is_refused_by_name(pipe, tmp_path):
+    path = tmp_path / "edit.safetensors"
+    some_edit(pipe).save(path)
+    deep = "[" * 100_000 + "]" * 100_000
+    path.write_bytes(save(load(path.read_bytes()), metadata={"loco_core.edit": deep}))
+    with pytest.raises(ValueError, match=r"cannot load an edit from .*edit\.safetensors: "):
+        loco.Edit.load(path)
 
 
 def test_missing_file_and_other_safetensors_are_refused(tmp_path):

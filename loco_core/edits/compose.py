@@ -6,6 +6,7 @@ import dataclasses
 
 from .change import Change
 from .edit import Edit, joint
+from .weights import matches
 
 __all__ = ["compose"]
 
@@ -15,21 +16,20 @@ def compose(first: Edit, second: Edit) -> Edit:
 
     A map depends on what its weights read, not on the weights, so this equals, up to rounding,
     applying `first` and then making and applying `second` on the edited pipeline; unless `first`
-    edits the text encoder in front of what `second` edits, which then would read other keys. Both
-    must be for the same weights. The order matters where both move the same directions. Ranks add
-    up; entries that both knock out get both factors. Raises ValueError for edits of different
-    models or weights, and where a map and a knock-out meet on one weight.
+    edits the text encoder in front of what `second` edits, which then would read other keys. The
+    order matters where both move the same directions. Ranks add up; entries that both knock out get
+    both factors. Raises ValueError where both change a weight and were made for different values of
+    it, and where a map and a knock-out meet on one weight.
 
         both = loco.compose(no_van_gogh, no_monet)
     """
-    for edit, other in ((first, second), (second, first)):
-        clash = [n for n, mark in edit.originals.items() if other.originals.get(n, mark) != mark]
-        if clash or edit.provenance.model != other.provenance.model:
-            raise ValueError(
-                f"{first!r} and {second!r} are not for the same weights"
-                + (f" ({clash[0]} differs)" if clash else "")
-                + ": make both on the same unedited pipeline"
-            )
+    others = second.originals
+    clash = [n for n, mark in first.originals.items() if not matches(mark, others.get(n, mark))]
+    if clash:
+        raise ValueError(
+            f"{first!r} and {second!r} are not for the same weights ({clash[0]} differs): make "
+            "both on the same unedited pipeline"
+        )
     originals = {**first.originals, **second.originals}
     mixed = [
         n
