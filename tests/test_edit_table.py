@@ -56,8 +56,15 @@ def same(a, b) -> bool:
     return all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
-def near(a, b) -> bool:
-    return all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+def near(a, b, step: float = 1e-6) -> bool:
+    return all(torch.allclose(a[n], b[n], rtol=0, atol=step) for n in a)
+
+
+def as_if_never_edited(pipe, wanted, event, kind) -> bool:
+    """Bit for bit; but a knocked-out entry, rounded, is still 0: it comes back unrounded."""
+    if (event, kind) == (bfloat16_and_back, a_knockout):
+        return near(seen(pipe), seen(wanted), 2**-8)
+    return same(seen(pipe), seen(wanted))
 
 
 # --- the events: what is done to a pipeline, and what its weights then are made of
@@ -220,7 +227,7 @@ def test_revert_after(event, kind):
         assert before is None or same(seen(pipe), before)
     else:
         edit.revert(pipe)
-        assert same(seen(pipe), seen(wanted))
+        assert as_if_never_edited(pipe, wanted, event, kind)
         with pytest.raises(ValueError, match="is not applied to this pipeline"):
             edit.revert(pipe)
 
@@ -267,9 +274,9 @@ def test_subtraction_takes_the_edit_off_and_leaves_a_fused_lora(kind):
     assert torch.equal(weight(pipe, VALUE), wanted[VALUE])  # what nobody else changed: bit for bit
 
 
-def test_an_unfused_lora_leaves_rounding_that_subtraction_takes_off(kind):
+def test_an_unfused_lora_leaves_rounding_that_subtraction_takes_off():
     pipe, before = build_tiny_sd(), seen(build_tiny_sd())
-    edit = kind(pipe)
+    edit = a_map(pipe)
     with pytest.raises(ValueError, match="subtract=True"), edit.applied(pipe):
         adapter(pipe)
         pipe.fuse_lora(components=["unet"])

@@ -21,11 +21,14 @@ class Change(Protocol):
     def apply_to(self, weight: Tensor) -> Tensor:
         """W', in the dtype and on the device of W."""
 
-    def saved(self, weight: Tensor) -> Tensor:
-        """What of a weight has to be kept so that `restore` can undo the change, in CPU memory."""
+    def part(self, weight: Tensor) -> Tensor:
+        """What of a weight it replaces, in CPU memory: not a copy, if it lies there already."""
 
-    def restore(self, weight: Tensor, saved: Tensor) -> None:
-        """Put back in place what `saved` kept of the weight: bit for bit as it was."""
+    def made(self, part: Tensor) -> Tensor:
+        """What it puts in the place of that `part`."""
+
+    def restore(self, weight: Tensor, part: Tensor) -> None:
+        """Put a `part` back in place, bit for bit."""
 
     def relative_change(self, weight: Tensor) -> float:
         """||W' - W|| / ||W||."""

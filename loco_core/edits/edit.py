@@ -29,7 +29,7 @@ from . import stack
 from .change import Change
 from .lora import save_lora
 from .stack import LOCK
-from .weights import bare_module_of, editables, fingerprint, matches
+from .weights import bare_module_of, editables, fingerprint, is_of
 
 __all__ = ["Edit"]
 
@@ -209,7 +209,7 @@ class Edit:
     def check_made_for(self, pipe: Any, weights: Mapping[str, Tensor], fix: str) -> None:
         """Raise ValueError, which ends in `fix`, unless the edit was made for these `weights`."""
         self._check_fits(pipe, weights)
-        wrong = [n for n, w in weights.items() if not matches(fingerprint(w), self.originals[n])]
+        wrong = [n for n, w in weights.items() if not is_of(w, self.originals[n])]
         if wrong:
             raise ValueError(
                 f"{self!r} was made for other weights than those of this {model_name(pipe)} "

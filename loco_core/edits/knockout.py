@@ -103,13 +103,17 @@ class Knockout:
             edited.copy_(weight)
         return edited.put_(indices, chosen)
 
-    def saved(self, weight: Tensor) -> Tensor:
-        """What is to be kept of a weight before it is edited: the entries, in CPU memory."""
+    def part(self, weight: Tensor) -> Tensor:
+        """What of a weight it replaces, in CPU memory: the entries, [n]."""
         return weight.detach().take(self.indices.to(weight.device)).cpu()
 
-    def restore(self, weight: Tensor, saved: Tensor) -> None:
-        """Put back, in place, what `saved` kept."""
-        weight.put_(self.indices.to(weight.device), saved.to(weight))
+    def made(self, part: Tensor) -> Tensor:
+        """What it puts in the place of that `part`."""
+        return (part.double() * self.factor).to(part.dtype)
+
+    def restore(self, weight: Tensor, part: Tensor) -> None:
+        """Put a `part` back in place."""
+        weight.put_(self.indices.to(weight.device), part.to(weight))
 
     @torch.no_grad()
     def relative_change(self, weight: Tensor) -> float:

@@ -141,13 +141,17 @@ class LowRankMap:
             new.copy_(exact.addmm_(exact @ D, R))
         return edited
 
-    def saved(self, weight: Tensor) -> Tensor:
-        """What is to be kept of a weight before it is edited: all of it, in CPU memory."""
-        return weight.detach().to("cpu", copy=True)
+    def part(self, weight: Tensor) -> Tensor:
+        """What of a weight it replaces, in CPU memory: all of it."""
+        return weight.detach().cpu()
 
-    def restore(self, weight: Tensor, saved: Tensor) -> None:
-        """Put back, in place, what `saved` kept."""
-        weight.copy_(saved)
+    def made(self, part: Tensor) -> Tensor:
+        """What it puts in the place of that `part`."""
+        return self.apply_to(part)
+
+    def restore(self, weight: Tensor, part: Tensor) -> None:
+        """Put a `part` back in place."""
+        weight.copy_(part)
 
     @torch.no_grad()
     def relative_change(self, weight: Float[Tensor, "out d"]) -> float:

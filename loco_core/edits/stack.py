@@ -2,9 +2,9 @@
 
 Each change leaves an entry on the module whose weight it changed. So copies of the module, pickles
 of it and other pipelines that share it know of the change too, and what was replaced is gone with
-the module. An entry says what the weight was before it (`Change.saved`, in CPU memory) and what it
-left: a weight that is not as the newest entry left it was changed by somebody else since, and is
-never overwritten.
+the module. An entry keeps what the change replaced (`Change.part` of the weight, in CPU memory) and
+a digest of what it put there: where that is something else by now, something else changed it since,
+and is never overwritten.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..records import digest as digest_of
 from ..records import model_name
 from .change import Change
-from .weights import editable, editables, fingerprint, matches
+from .weights import editable, editables, is_of
 
 __all__ = ["Entry", "before_edit", "entries", "original", "original_of", "put_on", "take_off"]
 
@@ -34,14 +34,13 @@ ATTRIBUTE = "_loco_edits"
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One change that is on a weight. digest, label: of the edit it belongs to. saved: what it
-    replaced. left: digests of the weight behind it, in its dtype and rounded
-    to those that it may be moved to and back from."""
+    replaced. left: digest of what it put there."""
 
     digest: str
     label: str
     change: Change
     saved: Tensor
-    left: Mapping[torch.dtype, str]
+    left: str
 
     def __deepcopy__(self, memo: dict) -> Entry:
         return self  # nothing in it ever changes
@@ -71,9 +70,10 @@ def put_on(modules: Mapping[str, nn.Module], changes: Mapping[str, Change], by: 
                     "make the edit with a larger lam"
                 )
             changed |= not torch.equal(weight, after)
-            with torch.inference_mode(False):  # else a copy of the module could not be pickled
-                saved = changes[name].saved(weight)
-            entry = Entry(by.digest, repr(by), changes[name], saved, _told(after))
+            with torch.inference_mode(False), torch.no_grad():  # else a copy could not be pickled
+                saved = changes[name].part(weight).clone()
+            left = _digest(changes[name].part(after))
+            entry = Entry(by.digest, repr(by), changes[name], saved, left)
             done.append(module)
             vars(module).setdefault(ATTRIBUTE, []).append(entry)
             weight.copy_(after)
@@ -158,7 +158,7 @@ def before_edit(edit: Any, pipe: Any) -> Iterator[dict[str, Tensor]]:
     weights: dict[str, Tensor] = {}
     now: dict[str, Tensor] = {}
     for name, module in modules.items():
-        known = (w for w in _lineage(module) if matches(fingerprint(w), edit.originals[name]))
+        known = (w for w in _lineage(module) if is_of(w, edit.originals[name]))
         weight = next(known, None)
         if weight is None:
             raise ValueError(
@@ -192,18 +192,27 @@ def _lineage(module: nn.Module) -> Iterator[Tensor]:
 def _through(module: nn.Module) -> torch.dtype | None:
     """The dtype to which a weight was rounded since its newest entry, its own if it was not; None
     for one that something else changed."""
-    weight: Any = module.weight
-    for dtype, digest in entries(module)[-1].left.items():
-        rounded = weight.to(dtype)
-        if torch.equal(rounded.to(weight.dtype), weight) and _digest(rounded, dtype) == digest:
-            return dtype
+    entry = entries(module)[-1]
+    now: Any = entry.change.part(module.weight)
+    own = entry.saved.dtype
+    if now.dtype == own and _digest(now) == entry.left:
+        return own
+    moved = (own,) if now.dtype != own else ()
+    for dtype in (*moved, torch.float16, torch.bfloat16):
+        rounded = now.to(dtype)
+        if torch.equal(rounded.to(now.dtype), now):
+            put = entry.change.made(entry.saved).to(dtype)
+            step = 2 * torch.finfo(dtype).eps  # it was made on another device, perhaps
+            if torch.allclose(rounded.double(), put.double(), rtol=step, atol=1e-30):
+                return dtype
     return None
 
 
 def _undone(module: nn.Module) -> bool:
     """Whether a weight has by now what its newest entry replaced."""
-    entry, weight = entries(module)[-1], module.weight
-    return torch.equal(entry.change.saved(weight), entry.saved.to(weight.dtype))
+    entry = entries(module)[-1]
+    now: Any = entry.change.part(module.weight)
+    return torch.equal(now, entry.saved.to(now.dtype))
 
 
 def _give_back(module: nn.Module, through: torch.dtype | None = None) -> None:
@@ -238,9 +247,5 @@ def _put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Non
     torch.clear_autocast_cache()  # or an outer autocast keeps using the weights before
 
 
-def _told(weight: Tensor) -> dict[torch.dtype, str]:
-    return {d: _digest(weight, d) for d in (weight.dtype, torch.float16, torch.bfloat16)}
-
-
-def _digest(weight: Tensor, dtype: torch.dtype) -> str:
-    return digest_of([("", weight.detach().to(dtype))], exact=True)
+def _digest(x: Tensor) -> str:
+    return digest_of([("", x.detach())], exact=True)
