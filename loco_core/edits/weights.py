@@ -51,18 +51,13 @@ def editable(pipe: Any, name: str) -> nn.Module:
 def editables(pipe: Any, names: Iterable[str]) -> dict[str, nn.Module]:
     """Weight name -> the linear or convolution that holds it, of all weights of an edit.
 
-    Raises ValueError as `editable`, and for a weight that is neither of the denoiser nor of a text
-    encoder, or of which another copy is kept that would soon overwrite the edited one.
+    Raises ValueError as `editable`, and where another copy of the weights is kept that would soon
+    overwrite edited ones.
     """
-    names, model = list(names), family_of(pipe)
-    for component in dict.fromkeys(name.partition(".")[0] for name in names):
-        if component not in model.networks:
-            name = next(n for n in names if n.partition(".")[0] == component)
-            raise ValueError(
-                f"{name} can not be edited: only weights of {', '.join(model.networks)} can"
-            )
-        refuse_streamed(model.networks[component], component)
-    return {name: editable(pipe, name) for name in names}
+    found = {name: editable(pipe, name) for name in names}
+    for component in dict.fromkeys(name.partition(".")[0] for name in found):
+        refuse_streamed(plain(getattr(pipe, component)), component)
+    return found
 
 
 def linear_of(pipe: Any, name: str) -> nn.Linear:

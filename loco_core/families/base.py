@@ -117,12 +117,6 @@ class Model(ABC):
         return getattr(self.pipe, self.component)
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The denoiser and the text encoders, by the names of their components."""
-        names = (self.component, *(path.partition(".")[0] for path in self.text_encoders))
-        return {name: plain(getattr(self.pipe, name)) for name in names}
-
-    @property
     def device(self) -> torch.device:
         """Where the pipeline computes, also if its weights wait elsewhere (CPU offload)."""
         return torch.device(self.pipe._execution_device)
