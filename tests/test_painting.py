@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -324,7 +325,7 @@ from loco_core.painting import Picture, Sampling, paint
 loco.progress(False)
 torch.set_num_threads(1)
 pipe = loco.load(sys.argv[1], dtype=torch.float64)
-listed = [Picture("a house by Van Gogh", seed) for seed in range(60)]
+listed = [Picture("a house by Van Gogh", seed) for seed in range(int(sys.argv[4]))]
 print("ready", flush=True)
 how = dict(store=sys.argv[2], batch_size=int(sys.argv[3]))
 for pixels in paint(pipe, listed, Sampling(steps=2), **how):
@@ -347,9 +348,9 @@ def test_two_processes_and_one_that_is_killed_share_a_folder(saved, tmp_path):
     wanted = painted(pipe, listed)
     program = [sys.executable, "-c", KILLED, str(saved), str(tmp_path / "store")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    steady = subprocess.Popen([*program, "3"], stdout=subprocess.DEVNULL, env=env)
+    steady = subprocess.Popen([*program, "3", "60"], stdout=subprocess.DEVNULL, env=env)
     for pause in (0.0, 0.05, 0.2):
-        victim = subprocess.Popen([*program, "4"], stdout=subprocess.PIPE, env=env, text=True)
+        victim = subprocess.Popen([*program, "4", "60"], stdout=subprocess.PIPE, env=env, text=True)
         assert victim.stdout.readline() == "ready\n"
         time.sleep(pause)
         victim.send_signal(signal.SIGKILL)
@@ -357,6 +358,35 @@ def test_two_processes_and_one_that_is_killed_share_a_folder(saved, tmp_path):
     assert steady.wait() == 0
     assert torch.equal(painted(pipe, listed, tmp_path / "store"), wanted)
     assert len(list(Store(tmp_path / "store").entries())) == 60
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_random_moments_and_resumed_in_other_batches(saved, tmp_path):
+    """No picture that was there is painted again, and none is wrong."""
+    pipe, store, count = loco.load(saved, dtype=torch.float64), tmp_path / "store", 900
+    moments, env = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}
+    known: dict[str, tuple[int, int]] = {}
+    sizes = []
+    for kill in range(30):
+        program = [sys.executable, "-c", KILLED, str(saved), str(store), str(1 + kill % 5)]
+        victim = subprocess.Popen(
+            [*program, str(count)], stdout=subprocess.PIPE, env=env, text=True
+        )
+        assert victim.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0, 1.5))
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+        now = {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in store.rglob("*.png")}
+        assert all(now[path] == stamp for path, stamp in known.items())
+        known = now
+        sizes.append(len(known))
+    assert 10 < len(set(sizes)) and 0 < sizes[-1] < count  # killed while it painted
+    wanted = painted(pipe, [Picture("a house by Van Gogh", seed) for seed in range(count)])
+    listed = [Picture("a house by Van Gogh", seed) for seed in range(count)]
+    assert torch.equal(painted(pipe, listed, store, batch_size=7), wanted)
+    assert all((p.stat().st_mtime_ns, p.stat().st_ino) == known[str(p)]
+               for p in store.rglob("*.png") if str(p) in known)  # fmt: skip
+    assert len(list(Store(store).entries())) == count
 
 
 # --- other processes
