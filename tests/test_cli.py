@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = get_command(cli.app).commands
 STORY = [  # later ones use the results of earlier ones
     "models", "layers", "localize", "edit", "generate", "evaluate", "lora", "trace", "neurons",
-    "attribute", "store",
+    "attribute", "compose", "store",
 ]  # fmt: skip
 FILES = {
     "localize": ("localization.safetensors", "scores.png", "images.png"),
@@ -46,6 +46,7 @@ FILES = {
     "trace": ("causal_trace.safetensors", "effects.png"),
     "neurons": ("neurons.safetensors", "images.png"),
     "attribute": ("edit.safetensors",),
+    "compose": ("edit.safetensors",),
 }
 PROMPT = "a blue boat in the style of Mira Holt"
 PROBES = [
@@ -144,7 +145,7 @@ def pipe_of():
 def test_no_example_leaves_anything_beside_its_folder(ran, home):
     assert {path.name for path in home.iterdir()} == {
         "probes.json", "found", "gone", "pictures", "judged", "gone-lora", "traced", "neurons",
-        "parts", "stars",
+        "parts", "both", "stars",
     }  # fmt: skip
 
 
@@ -237,6 +238,35 @@ def test_an_edit_of_single_weights_can_be_used_like_any_other(ran, home):
     assert json.loads(ran["attribute"][1])["zeroed"] == zeroed > 0
     given = ["generate", "mini-sd", "--edit", "parts", "--prompt", "a star", "--seeds", "0"]
     assert run([*given, "--steps", "1", "--out", "one"])[0] == 0
+
+
+def test_two_edits_are_one_that_does_both(ran, home):
+    both = loco.Edit.load(home / "both" / "edit.safetensors")
+    gone, parts = (loco.Edit.load(home / n / "edit.safetensors") for n in ("gone", "parts"))
+    assert both == loco.compose(gone, parts)
+    given = shlex.split("compose mini-sd gone parts --scale 0.5 --out half --json")
+    assert run(given)[0] == 0
+    assert loco.Edit.load(home / "half" / "edit.safetensors") == both.scaled(0.5)
+    code, _, err = run(shlex.split("compose mini-sd gone --out alone"))
+    assert code == 2 and "two edits or more" in err and not (home / "alone").exists()
+
+
+def test_what_an_edit_is_made_of_can_all_be_asked(ran, home):
+    (home / "exact.txt").write_text("a tree\na house\n")
+    asked = (
+        'edit mini-sd --concept "style:Mira Holt" --layers 8,9 --lam-k 3 --lam-v 20 --where v '
+        "--null-space exact.txt --scale 0.5 --out asked"
+    )
+    assert run(shlex.split(asked))[0] == 0
+    concept = loco.shapeland.concept("style", "Mira Holt", 12)
+    wanted = loco.locoedit(
+        pipe_of(), concept, [8, 9], lam_k=3.0, lam_v=20.0, where=("v",),
+        null_space=["a tree", "a house"],
+    )  # fmt: skip
+    assert loco.Edit.load(home / "asked" / "edit.safetensors") == wanted.scaled(0.5)
+    layer = 'edit mini-sd --method quickfix --concept "style:Mira Holt" --layer 1 --out second'
+    assert run(shlex.split(layer))[0] == 0
+    assert all("layers.1." in n for n in loco.Edit.load("second/edit.safetensors").changes)
 
 
 def test_pictures_in_files_are_what_amplifies(ran, home):

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,14 @@ def edit(
     layers: o.Layers = None,
     window_from: o.WindowFrom = None,
     lam: Annotated[float | None, Option(help="The smaller, the stronger; see the book.")] = None,
+    lam_k: Annotated[float | None, Option(help="Of keys, in place of --lam.")] = None,
+    lam_v: Annotated[float | None, Option(help="Of values, in place of --lam.")] = None,
+    where: Annotated[
+        Literal["k", "v"] | None, Option(help="Edit keys or values alone; by default both.")
+    ] = None,
+    layer: Annotated[
+        int | None, Option(help="Of quickfix: the text encoder's layer, by default the first, 0.")
+    ] = None,
     tokens: Annotated[
         Literal["last", "eos", "following", "all"] | None, Option(help="Which are edited.")
     ] = None,
@@ -52,6 +61,11 @@ def edit(
     preserve_name: Annotated[
         list[str] | None, Option(help="Keep the prompts with this name instead; repeatable.")
     ] = None,
+    null_space: Annotated[
+        list[str] | None,
+        Option(help="A prompt to keep exactly, or a file with one a line; repeatable."),
+    ] = None,
+    scale: Annotated[float, Option(help="How much of the edit: 0.5 half, -1 the opposite.")] = 1.0,
     prompts: o.Prompts = 12,
 ) -> Report:
     """Make an edit that removes a concept.
@@ -69,12 +83,17 @@ def edit(
     asked = {
         "layers": chosen,
         "lam": lam,
+        "lam_k": lam_k,
+        "lam_v": lam_v,
+        "where": where and (where,),
+        "layer": layer,
         "tokens": tokens,
         "preserve": kept or None,
+        "null_space": null_space and read.lines(null_space),
         "target": target and (target[0] if target in (["neutral"], ["target"]) else target),
     }
     function, asked = _fitting(method, asked)
-    made = function(work.pipe, meant, **asked)
+    made = function(work.pipe, meant, **asked).scaled(scale)
     made.save(work.folder / "edit.safetensors")
     seen = loco.diagnose(work.pipe, made)
     weights = rows_of(seen.to_frame().reset_index())
@@ -132,6 +151,31 @@ def evaluate(
         {"summary": summary, "groups": rows_of(found.to_frame())},
         shown=[_short(row) for row in summary],
     )
+
+
+@command("loco compose mini-sd gone parts --out both")
+def compose(
+    work: Work,
+    edit: Annotated[
+        list[str], Argument(metavar="EDIT...", help="Folders or files, two or more, in order.")
+    ],
+    scale: Annotated[float, Option(help="How much of what they are together.")] = 1.0,
+) -> Report:
+    """Make one edit of several.
+
+    It does what the first does, then the second, and so on: maps of one weight are multiplied,
+    knock-outs united. All must be made on the same unedited model.
+
+    Writes edit.safetensors.
+    """
+    if len(edit) < 2:
+        raise BadParameter("name two edits or more")
+    first, *others = map(read.load_edit, edit)
+    made = reduce(loco.compose, others, first).scaled(scale)
+    with made.applied(work.pipe):  # refuses edits of another model
+        pass
+    made.save(work.folder / "edit.safetensors")
+    return Report({"edit": repr(made), "weights": len(made.changes)})
 
 
 @command("loco lora mini-sd gone gone-lora")
