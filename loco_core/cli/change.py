@@ -198,7 +198,8 @@ def _fitting(method: str, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     function = getattr(loco, METHODS[method])
     takes = inspect.signature(function).parameters
     asked = read.only_those(asked, takes, method)
-    if "layers" not in asked and takes.get("layers", inspect).default is inspect.Parameter.empty:
+    needed = "layers" in takes and takes["layers"].default is inspect.Parameter.empty
+    if needed and "layers" not in asked:
         raise BadParameter(f"--method {method} needs --layers or --window-from")
     return function, asked
 
