@@ -1,4 +1,4 @@
-"""The published architectures with random weights: their text layers, a sweep and an edit. [--json]
+"""The published architectures with random weights: their text layers, a sweep and an edit.
 
     python benchmarks/full_size.py --record results/full_size.json
 
@@ -12,22 +12,18 @@ its own, and writes what was found, with the machine and how busy it was.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, finish
 
 import loco_core as loco
 from loco_core.edits.weights import module_of
-from loco_core.files import atomic_write
-from loco_core.records import versions
 from loco_core.worlds.shapeland.tokenizer import learn_tokenizer
 from loco_core.zoo import quiet_loading
 
@@ -234,7 +230,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "structure": shape,
         "run": ran,
-        "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "seconds_bar": None if on_gpu else SECONDS_BAR,
@@ -242,70 +237,58 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes_bar": None if on_gpu else BYTES_BAR,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "passed": right and (on_gpu or (seconds <= SECONDS_BAR and peak <= BYTES_BAR)),
-        "versions": versions(),
     }
 
 
-def record(path: Path, arguments: list[str]) -> int:
-    """Measure every model in a fresh process, whose peak of memory is its own, and write `path`.
-
-    1 if a model does not hold its bars. If one fails, nothing is written.
-    """
-    load, models = os.getloadavg()[0], []
+def every_model(chosen: list[str]) -> list[dict]:
+    """What is measured of every model, each in a fresh process, whose peak of memory is its own."""
+    models = []
     for model in MODELS:
-        command = [sys.executable, __file__, "--json", *arguments, "--model", model]
+        command = [sys.executable, __file__, "--json", *chosen, "--model", model]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if not ran.stdout:
-            return ran.returncode
+            raise SystemExit(ran.returncode)
         models.append(json.loads(ran.stdout))
         print(f"{model}: {models[-1]['seconds']} s, passed: {models[-1]['passed']}", flush=True)
-    gpu = torch.cuda.get_device_name() if models[0]["peak_gpu_bytes"] else None
-    found = {
-        "machine": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "load_before": round(load, 1),
-        "note": "seconds are of an idle machine only where load_before is about 0",
-        "models": models,
-    }
-    atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
-    return 0 if all(model["passed"] for model in models) else 1
+    return models
 
 
 def main() -> int:
     """Measure, print, and return 0 if all bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="sdxl", choices=sorted(MODELS))
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--shrink", type=int, choices=(1, 2, 4), help="4 on a CPU, 1 on a GPU")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--record", type=Path, metavar="PATH", help="write all models to PATH")
     args = parser.parse_args()
     if args.record:
         chosen = [f"--device={args.device}", f"--dtype={args.dtype}", f"--steps={args.steps}"]
         shrink = [f"--shrink={args.shrink}"] if args.shrink else []
-        return record(args.record, [*chosen, *shrink])
+        models = every_model([*chosen, *shrink])
+        found = {"models": models, "passed": all(model["passed"] for model in models)}
+        return finish(args, found, n={"models": len(models), "steps": args.steps})
     loco.progress(False)
     found = measure(args)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        shape, ran = found["structure"], found["run"]
-        print(
-            f"{found['model']}: {shape['text_layers']} text layers read {shape['reads']} features"
-        )
-        for block in shape["blocks"]:
-            first, last = block["layers"]
-            print(f"  {first:3}-{last:<3} {block['block']:14} {block['each of to_k, to_v']}")
-        for name, of in shape["out_proj"].items():
-            print(f"  {name} {of}")
-        print(f"run at 1/{ran['shrink']} of every width, on {ran['device']}, {ran['steps']} steps:")
-        for name in (key for key in ran if key.endswith("_seconds")):
-            print(f"  {name[:-8]:14} {ran[name]:8.2f} s")
-        print(f"  {'in all':14} {found['seconds']:8.2f} s, {found['peak_bytes'] / 1e9:.2f} GB")
-        if found["peak_gpu_bytes"]:
-            print(f"  {'GPU memory':14} {found['peak_gpu_bytes'] / 1e9:8.2f} GB")
-    return 0 if found["passed"] else 1
+    return finish(args, found, n={"steps": args.steps}, text=_text(found))
+
+
+def _text(found: dict[str, Any]) -> str:
+    """A table for a reader."""
+    shape, ran = found["structure"], found["run"]
+    lines = [f"{found['model']}: {shape['text_layers']} text layers read {shape['reads']} features"]
+    for block in shape["blocks"]:
+        first, last = block["layers"]
+        lines.append(f"  {first:3}-{last:<3} {block['block']:14} {block['each of to_k, to_v']}")
+    lines += [f"  {name} {of}" for name, of in shape["out_proj"].items()]
+    width, device, steps = ran["shrink"], ran["device"], ran["steps"]
+    lines.append(f"run at 1/{width} of every width, on {device}, {steps} steps:")
+    names = [key for key in ran if key.endswith("_seconds")]
+    lines += [f"  {name[:-8]:14} {ran[name]:8.2f} s" for name in names]
+    lines.append(f"  {'in all':14} {found['seconds']:8.2f} s, {found['peak_bytes'] / 1e9:.2f} GB")
+    if found["peak_gpu_bytes"]:
+        lines.append(f"  {'GPU memory':14} {found['peak_gpu_bytes'] / 1e9:8.2f} GB")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

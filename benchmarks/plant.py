@@ -1,16 +1,17 @@
-"""Does a mini draw what it is told, and use the layers it was planted in? [--json]
+"""Does a mini draw what it is told, and use the layers it was planted in?
+
+    python benchmarks/plant.py --record results/plant.json
 
 Agreement of images with held-out captions, and, over half as many for every planted attribute,
 whether the plant holds, is followed, and is removed by its neutral twin; see
 `loco_core/worlds/training/measure.py`.
 """
 
-import argparse
-import json
 import sys
 
 import pandas as pd
 import torch
+from common import arguments, finish
 
 import loco_core as loco
 from loco_core.worlds.shapeland.planting import PLANTS
@@ -33,26 +34,27 @@ def measure(model: str, captions: int) -> dict:
 
 def main() -> int:
     """Measure, print, and return 0 if all bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="mini-sd", help="a mini (default: mini-sd)")
     parser.add_argument("--captions", type=int, default=200, help="held-out captions")
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         found = measure(args.model, args.captions)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        table = pd.DataFrame({"agreement": found["agreement"]})
-        table["bar"] = pd.Series(AGREEMENT_BARS)
-        print(table.to_string(na_rep=""), "\n")
-        if found["use"]:
-            shares = pd.DataFrame(found["use"]).T
-            print(shares.drop(columns="layers").to_string(), "\n")
-            print(pd.concat({k: pd.DataFrame(v["layers"]).T for k, v in found["use"].items()}))
-    return 0 if found["passed"] else 1
+    return finish(args, found, n={"captions": args.captions}, text=_text(found))
+
+
+def _text(found: dict) -> str:
+    """Tables for a reader."""
+    table = pd.DataFrame({"agreement": found["agreement"]})
+    table["bar"] = pd.Series(AGREEMENT_BARS)
+    parts = [table.to_string(na_rep="")]
+    if found["use"]:
+        parts.append(pd.DataFrame(found["use"]).T.drop(columns="layers").to_string())
+        layers = {k: pd.DataFrame(v["layers"]).T for k, v in found["use"].items()}
+        parts.append(pd.concat(layers).to_string())
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, finish
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import loco_core as loco  # noqa: E402
-from benchmarks.common import arguments, finish  # noqa: E402
+import loco_core as loco
 from loco_core.families import family_of
 from loco_core.interventions.routing import windows
 from loco_core.painting import Picture, Sampling

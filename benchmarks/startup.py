@@ -1,6 +1,6 @@
 """What starting costs: `loco --help`, and the library beside what it stands on.
 
-    python benchmarks/startup.py [--json] [--repeats 7]
+    python benchmarks/startup.py --record results/startup.json
 
 Two figures, each with its bar, medians of fresh processes: the seconds of `loco --help` from start
 to end (at most 1.0), and, within one process, the time of `import torch, diffusers` and then
@@ -8,13 +8,13 @@ to end (at most 1.0), and, within one process, the time of `import torch, diffus
 when every public name of the library is fetched, too.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from common import arguments, finish
 
 ROOT = Path(__file__).parents[1]
 HELP_BAR, IMPORT_BAR = 1.0, 1.3
@@ -52,7 +52,6 @@ def measure(repeats: int) -> dict[str, object]:
         every.append(with_names / base)
     help_seconds, ratio = statistics.median(seconds), statistics.median(alone)
     return {
-        "repeats": repeats,
         "help_seconds": help_seconds,
         "help_bar": HELP_BAR,
         "import_ratio": ratio,
@@ -64,18 +63,16 @@ def measure(repeats: int) -> dict[str, object]:
 
 def main() -> int:
     """Measure, print, and return 0 if both bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     found = measure(args.repeats)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print(f"loco --help                 {found['help_seconds']:.2f} s  (bar {HELP_BAR})")
-        print(f"import loco_core on top     {found['import_ratio']:.3f}  (bar {IMPORT_BAR})")
-        print(f"and every public name       {found['every_name_ratio']:.3f}")
-    return 0 if found["passed"] else 1
+    text = (
+        f"loco --help                 {found['help_seconds']:.2f} s  (bar {HELP_BAR})\n"
+        f"import loco_core on top     {found['import_ratio']:.3f}  (bar {IMPORT_BAR})\n"
+        f"and every public name       {found['every_name_ratio']:.3f}"
+    )
+    return finish(args, found, n={"repeats": args.repeats}, text=text)
 
 
 if __name__ == "__main__":

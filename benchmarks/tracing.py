@@ -15,17 +15,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, finish
+from routing import seconds
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import loco_core as loco  # noqa: E402
-from benchmarks.common import arguments, finish  # noqa: E402
-from benchmarks.routing import seconds  # noqa: E402
+import loco_core as loco
 from loco_core.families import Model, Site, TextStates, family_of
 from loco_core.interventions.patching import Rewrite, rewriting
 from loco_core.localization.corruption import corruptions
