@@ -18,10 +18,11 @@ from . import zoo as zoo
 from ._progress import progress as progress
 from ._version import __version__ as __version__
 from .closed_form.diagnostics import diagnose as diagnose
+from .closed_form.methods import diff_quickfix as diff_quickfix
 from .closed_form.methods import locoedit as locoedit
 from .closed_form.methods import time_edit as time_edit
 from .closed_form.methods import uce as uce
-from .closed_form.quickfix import diff_quickfix as diff_quickfix
+from .closed_form.rivals import rivals as rivals
 from .concepts import Concept as Concept
 from .edits.compose import compose as compose
 from .edits.edit import Edit as Edit
@@ -78,6 +79,7 @@ __all__ = [
     "progress",
     "rank_neurons",
     "records",
+    "rivals",
     "shapeland",
     "statistics",
     "studies",

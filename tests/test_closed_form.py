@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loco_core.closed_form import solver as closed_form
-from loco_core.closed_form.solver import fit
+from loco_core.closed_form.solver import fit, fit_moments
 from loco_core.edits.low_rank import LowRankMap
 
 claim = settings(deadline=None, max_examples=40, derandomize=True)
@@ -447,6 +447,63 @@ def test_map_refuses_factors_that_do_not_fit_or_are_not_finite():
         LowRankMap(draw(0, 8, 3), draw(1, 3, 8) * torch.nan)
     with pytest.raises(ValueError, match="D must be a float64 matrix"):
         LowRankMap(draw(0, 8, 3).float(), draw(1, 3, 8))
+
+
+# --- by moments
+
+
+@pytest.mark.parametrize("lam, weigh", [(0.01, None), (3.0, (2.0, 0.5)), (1e-9, None), (0.0, None)])
+@pytest.mark.parametrize("hold", [False, True])
+def test_more_rows_than_features_give_the_map_of_the_gram_matrix(lam, weigh, hold):
+    """Equation (4) against (2), whose inverse is written out in the singular values of the rows."""
+    n, p, d = 5, 300, 24
+    C, G, K = draw(0, n, d), draw(1, n, d), draw(2, p, d) + 3 * draw(3, 1, d)
+    if lam == 0:
+        G = C.clone()  # 305 rows of 24 features are met exactly only where nothing is asked
+    held = draw(4, 2, d) if hold else None
+    s = torch.ones(n + p).double()
+    if weigh:
+        s[:n], s[n:] = weigh
+    every = torch.cat([C, K]).double()
+    if hold:
+        Q = torch.linalg.qr(held.double().T)[0]
+        every = every - every @ Q @ Q.T
+    root = s.sqrt()[:, None]
+    U, sigma, Vh = torch.linalg.svd(root * every, full_matrices=False)
+    gain = torch.where(sigma > 1e-9, sigma / (sigma.square() + lam), 0.0)
+    R = (root * (U * gain @ Vh))[:n]
+    found = fit(C, G, lam, weights=s, preserve=K, null_space=held)
+    assert found.R.shape == (n, d) and found.D.shape == (d, n)
+    assert (found.R - R).norm() < 1e-9 * R.norm()
+
+
+def test_sums_over_rows_are_enough():
+    n, p, d = 40, 500, 16
+    C, G, K = draw(0, n, d).double(), draw(1, n, d).double(), draw(2, p, d).double()
+    moment = C.T @ C + K.T @ K
+    summed = fit_moments(moment, (G - C).T @ C, 0.3)
+    W = draw(5, 4, d).double()
+    exact = W + W @ (G - C).T @ C @ torch.linalg.inv(0.3 * torch.eye(d).double() + moment)
+    assert torch.allclose(summed.apply_to(W), exact, atol=1e-9)
+    assert torch.allclose(fit(C, G, 0.3, preserve=K).apply_to(W), exact, atol=1e-9)
+    few = fit_moments(moment, (G - C)[:3].T @ C[:3], 0.3)
+    assert few.rank == few.D.shape[1] == 3
+    nothing = fit_moments(moment, torch.zeros(d, d), 0.3)
+    assert torch.equal(nothing.apply_to(W), W)
+
+
+@pytest.mark.parametrize(
+    "moment, change, lam, message",
+    [
+        (torch.eye(3), torch.eye(3), 0.0, "lam must be a finite number > 0"),
+        (torch.eye(3), torch.eye(4), 1.0, "must be d x d alike"),
+        (-torch.eye(3), torch.eye(3), 1.0, "negative eigenvalue"),
+        (torch.eye(3) * torch.nan, torch.eye(3), 1.0, "moment holds NaN"),
+    ],
+)
+def test_sums_that_are_none_are_refused(moment, change, lam, message):
+    with pytest.raises(ValueError, match=message):
+        fit_moments(moment, change, lam)
 
 
 def test_maps_are_equal_when_their_factors_are():

@@ -9,14 +9,13 @@ from conftest import build_tiny_sd
 
 import loco_core as loco
 from loco_core import records
-from loco_core.closed_form.rivals import relocated
+from loco_core.closed_form.rivals import ELSEWHERE, relocated, rivals
 from loco_core.concepts import mentions, with_name
 from loco_core.edits.weights import projections
 from loco_core.judging.clip_score import Clip
 from loco_core.judging.probes import Probe, misspellings, probes_of
 from loco_core.statistics import wilson
 from loco_core.studies import evaluate
-from loco_core.studies.compare import rivals_of
 from loco_core.worlds.shapeland.vocabulary import ATTRIBUTES, Scene, describe, is_held_out
 
 MIRA = loco.shapeland.concept("style", "Mira Holt", 12)
@@ -428,13 +427,15 @@ def test_pictures_are_judged_a_few_at_a_time_with_the_same_result(pipe, clip, mo
 
 def test_more_windows_are_drawn_without_one_twice(pipe):
     edit = loco.locoedit(pipe, STYLE, [3, 4])
-    one, many = (rivals_of(pipe, edit, 5, windows) for windows in (1, 12))
+    one, many = (
+        rivals(pipe, edit, ELSEWHERE, seed=5, windows=w, equal_norm=False) for w in (1, 12)
+    )
     assert many["random window"] == one["random window"]
     layers = [tuple(e.provenance.settings["layers"]) for e in many.values()][:-1]
     assert len(set(layers)) == 12 == len(layers) and not any({3, 4} & set(x) for x in layers)
     for windows in (0, 13, True):
         with pytest.raises(ValueError, match=f"windows={windows}: 12 windows.*from 1 to 12"):
-            rivals_of(pipe, edit, 5, windows)
+            rivals(pipe, edit, seed=5, windows=windows)
 
 
 def test_a_picture_may_have_another_size(pipe):

@@ -9,6 +9,7 @@ from torch import nn
 
 import loco_core as loco
 from loco_core.closed_form.keys import rows_of
+from loco_core.closed_form.recipe import recipes_of
 from loco_core.families import FAMILIES, Site, TextStates, family_of
 from loco_core.families.running import record
 
@@ -97,7 +98,7 @@ def test_the_end_of_a_text_is_told_from_its_padding(build, prompt):
     assert words[first : last + 1] == ["van</w>", "gogh</w>"]
     concept = loco.Concept("Van Gogh", "style", [prompt], ["a house"])
     edit = loco.locoedit(pipe, concept, layers=[8], tokens="eos", preserve=["a red tree"])
-    rows = rows_of(pipe, edit.provenance.settings, "prompt")
+    rows = rows_of(model, recipes_of(edit)[0], "prompt")
     texts = model.encode([prompt, "a house", "a red tree"])
     assert [label.rpartition("| ")[2] for label in rows.labels] == ["gogh", "end"]
     assert torch.allclose(rows.keys, texts.embeds[0, [last, length - 1]], atol=1e-6)

@@ -1,6 +1,9 @@
 """UCE, TIME and LocoEdit do what their papers say, weight by weight and layer by layer."""
 
+import inspect
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from conftest import TOKENS as LENGTH
 from conftest import build_tiny_sd, embeds, pairs, state
 
 import loco_core as loco
+from loco_core.closed_form.recipe import recipes_of
 
 GOGH = loco.Concept(
     "van gogh",
@@ -328,3 +332,60 @@ def test_every_method_refuses_what_is_no_concept(tiny_sd, method):
         method(tiny_sd, ["van gogh"])
     with pytest.raises(ValueError, match="list of concepts is empty"):
         method(tiny_sd, ())
+
+
+# -- the same bits, and a Recipe that can be read again
+
+
+def probe(change):
+    x = torch.linspace(-1, 1, change.R.shape[1], dtype=torch.float64)
+    return [float((change.R @ x) @ (x @ change.D)), float(change.D.norm()), float(change.R.norm())]
+
+
+def edits_of(pipe):
+    one = loco.shapeland.concept("style", "Mira Holt", 2)
+    kept = loco.shapeland.concept("style", "Mira Dunn", 3).prompts
+    yield "locoedit", loco.locoedit(pipe, one, [8, 9])
+    yield (
+        "locoedit with all",
+        loco.locoedit(pipe, one, [8], 0.1, lam_v=3.0, tokens="following", preserve=kept[:1],
+                      null_space=["a tree"], where=("k", "v")),
+    )  # fmt: skip
+    asked = dict(tokens="last", target=["a circle"])
+    yield "last, own target", loco.locoedit(pipe, one, [3, 4], 1.0, **asked)
+    yield "uce", loco.uce(pipe, one, kept, 0.5, erase_scale=2.0, preserve_scale=0.5)
+    yield "time", loco.time_edit(pipe, one, 0.1, layers=[0, 1])
+    yield "quickfix", loco.diff_quickfix(pipe, one, preserve=kept)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mini-sd", "mini-sdxl"])
+def test_every_method_makes_the_maps_of_0_3(name):
+    """Three numbers of each map; where they were recorded, all bits were the same."""
+    known = json.loads((Path(__file__).parent / "data" / "edits_0_3.json").read_text())
+    for case, edit in edits_of(loco.load(name)):
+        found = sorted(probe(change) for change in set(edit.changes.values()))
+        assert torch.allclose(
+            torch.tensor(found).double(), torch.tensor(known[f"{name}: {case}"]).double(), rtol=1e-7
+        ), case
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_edit_was_made_from_is_read_from_its_file(tmp_path):
+    pipe = loco.load("mini-sd")
+    for case, edit in edits_of(pipe):
+        edit.save(tmp_path / "edit")
+        (recipe,) = recipes_of(loco.Edit.load(tmp_path / "edit"))
+        told = json.loads(json.dumps(recipe.to_settings()))
+        assert told == edit.provenance.settings, case
+        assert all(isinstance(concept, loco.Concept) for concept in recipe.concepts)
+    both = loco.compose(loco.locoedit(pipe, recipe.concepts[0], [8]), edit)
+    assert [part.method for part in recipes_of(both)] == ["locoedit", "diff_quickfix"]
+
+
+def test_all_methods_take_the_same_keywords():
+    takes = [set(inspect.signature(method).parameters) for method in
+             (loco.locoedit, loco.uce, loco.time_edit, loco.diff_quickfix)]  # fmt: skip
+    assert takes[0] == takes[1] == takes[2]
+    assert takes[0] - takes[3] == {"layers", "where", "lam_k", "lam_v"}
+    assert takes[3] - takes[0] == {"layer"}

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import loco_core as loco
 from loco_core.closed_form.keys import rows_of
+from loco_core.closed_form.recipe import recipes_of
 from loco_core.edits.weights import linear_of
 from loco_core.families import family_of
 from loco_core.interventions.routing import windows
@@ -342,7 +343,7 @@ def test_quickfix_edits_both_encoders_each_with_keys_of_its_own_width(tmp_path):
         with torch.no_grad():
             getattr(pipe, part)(tokenizer([PROMPT], return_tensors="pt").input_ids)
         handle.remove()
-        rows = rows_of(pipe, edit.provenance.settings, name)
+        rows = rows_of(family_of(pipe), recipes_of(edit)[0], name)
         assert rows.keys.shape == (1, width)
         assert torch.allclose(rows.keys[0], seen[0][0, 5], atol=1e-6)  # "gogh"
     edit.save(tmp_path / "edit")

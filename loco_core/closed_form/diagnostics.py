@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .._warn import warn
-from ..edits.edit import Edit, parts_of
-from ..edits.low_rank import LowRankMap, check_maps
+from ..edits.edit import Edit
+from ..edits.low_rank import LowRankMap
 from ..edits.stack import before_edit
 from ..edits.weights import kind_of, linear_of
+from ..families import family_of
 from .keys import rows_of, source_of
+from .recipe import recipes_of
 from .rows import Rows, joined
 
 __all__ = ["Diagnostics", "Solve", "diagnose", "warn_of"]
@@ -36,18 +38,23 @@ class Solve:
     """One map of an edit against the rows it was made from.
 
     residual: [n], |T c - g| / |g - c| of the edited rows, or / |c| for one with g = c.
-    kept_residual: [p], |T p - p| / |p| of the preserved ones. gram: [n + p, n + p], cosines between
-    all rows: the interference map. condition: of lam I + C C^T, C all of these rows; how large it
+    kept_residual: [p], |T p - p| / |p| of the preserved ones. directions: [n + p, d], all rows at
+    length 1. condition: of lam I + C C^T, C all of these rows; how large it
     is at lam = 0 says how hard they are to tell apart. rank: of the map's change.
     labels: "prompt | token" for every row. Everywhere, edited rows come first.
     """
 
     residual: Tensor
     kept_residual: Tensor
-    gram: Tensor
+    directions: Tensor
     condition: float
     rank: int
     labels: tuple[str, ...]
+
+    @property
+    def gram(self) -> Tensor:
+        """[n + p, n + p], cosines between all rows: the interference map."""
+        return self.directions @ self.directions.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +96,12 @@ def diagnose(pipe: Any, edit: Edit) -> Diagnostics:
         found = loco.diagnose(pipe, edit)
         found.rows_to_frame().groupby("role").residual.max()
     """
-    check_maps(edit, "there are no rows to measure: see loco.evaluate for what it does to images")
+    sparse = [n for n, change in edit.changes.items() if not isinstance(change, LowRankMap)]
+    if sparse:
+        raise ValueError(
+            f"{edit!r} knocks out single entries of {len(sparse)} weights, such as {sparse[0]}, "
+            "and there are no rows to measure: see loco.evaluate for what it does to images"
+        )
     with before_edit(edit, pipe) as weights:
         maps: Mapping[str, Any] = edit.changes
         ranks = {change: change.rank for change in set(maps.values())}
@@ -102,34 +114,32 @@ def diagnose(pipe: Any, edit: Edit) -> Diagnostics:
 
 def _solves(pipe: Any, edit: Edit) -> dict[str, Solve]:
     """A Solve for every source and kind of weight, and every map that serves them."""
-    parts = parts_of(edit.provenance.settings)
+    model, parts = family_of(pipe), recipes_of(edit)
 
     @cache
     def rows(part: int, source: str) -> Rows:
-        return rows_of(pipe, parts[part], source)
+        return rows_of(model, parts[part], source)
 
     solves: dict[str, Solve] = {}
     maps: dict[str, list[LowRankMap]] = {}
     change: Any  # a LowRankMap: `diagnose` has refused the others
     for name, change in edit.changes.items():
-        source, kind = source_of(pipe, name), kind_of(name)
+        source, kind = source_of(model, name), kind_of(name)
         known = maps.setdefault(f"{source} {kind}", [])
-        made = [i for i, part in enumerate(parts) if name in part.get("weights", edit.changes)]
+        made = [i for i, part in enumerate(parts) if name in (part.weights or edit.changes)]
         if made and change not in known:
             known.append(change)
             number = f" {len(known)}" if len(known) > 1 else ""
-            lam = min(parts[i]["lam"][kind] for i in made)
+            lam = min(parts[i].lam[kind] for i in made)
             found = joined([rows(i, source) for i in made])
             solves[f"{source} {kind}{number}"] = examine(change, found, lam)
     return solves
 
 
 def examine(change: LowRankMap, rows: Rows, lam: float) -> Solve:
-    """One map against its rows: all of it k x k, k the number of rows."""
+    """One map against its rows."""
     C, G, K = rows.keys.double().cpu(), rows.targets.double().cpu(), rows.kept.double().cpu()
     every = torch.cat([C, K])
-    gram = every @ every.T
-    length = gram.diagonal().sqrt().clamp_min(1e-300)
     left = (C + _moved(change, C) - G).norm(dim=1)
     asked = (G - C).norm(dim=1)
     # a row that is its own target has nothing to do: measured against its length instead
@@ -137,7 +147,7 @@ def examine(change: LowRankMap, rows: Rows, lam: float) -> Solve:
     return Solve(
         residual=left / floor,
         kept_residual=_moved(change, K).norm(dim=1) / K.norm(dim=1).clamp_min(1e-300),
-        gram=gram / length / length[:, None],
+        directions=every / every.norm(dim=1, keepdim=True).clamp_min(1e-300),
         condition=_condition(every, lam),
         rank=change.rank,
         labels=(*rows.labels, *rows.kept_labels),

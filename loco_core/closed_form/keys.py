@@ -6,17 +6,15 @@ a text encoder reads an activation there, recorded while the prompts are encoded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ..concepts import Concept
 from ..edits.weights import linear_of
-from ..families import Model, TextStates, family_of
-from ..families.running import plain
+from ..families import Model, TextStates
 from ..interventions.recording import recording
+from .recipe import Recipe
 from .rows import Rows, gather
 
 __all__ = ["PROMPT", "rows_of", "source_of"]
@@ -25,22 +23,29 @@ __all__ = ["PROMPT", "rows_of", "source_of"]
 PROMPT = "prompt"
 
 
-def source_of(pipe: Any, name: str) -> str:
-    """What the weight `name` reads: weights with one source share their keys, and their map."""
-    part = getattr(pipe, name.partition(".")[0])
-    return PROMPT if plain(part) is plain(family_of(pipe).denoiser) else name
+def source_of(model: Model, name: str) -> str:
+    """What the weight `name` reads: weights with one source share their keys, and their map.
+
+    Raises ValueError for a weight of the denoiser that reads what the denoiser made of an image.
+    """
+    reads = model.reads(name)
+    if reads == "step":
+        raise ValueError(
+            f"{name} reads an activation of the denoiser, other at every step and of every image: "
+            "its keys cannot be known from the prompt alone"
+        )
+    return PROMPT if reads == "prompt" else name
 
 
-def rows_of(pipe: Any, settings: Mapping[str, Any], source: str) -> Rows:
-    """The rows for weights with `source` of an edit made with `settings` (see `solve`)."""
-    model = family_of(pipe)
+def rows_of(model: Model, recipe: Recipe, source: str) -> Rows:
+    """The rows for weights with `source` of an edit made from `recipe`."""
     return gather(
         model,
         _reader(model, source),
-        [Concept(**concept) for concept in settings["concepts"]],
-        settings["tokens"],
-        settings["preserve"],
-        settings["null_space"],
+        recipe.concepts,
+        recipe.tokens,
+        recipe.preserve,
+        recipe.null_space,
     )
 
 

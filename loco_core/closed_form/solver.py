@@ -20,6 +20,12 @@ SPEED (ICLR 2026): with P the projection on the complement of these rows, the ke
 
     R = M C P,    M = (lam S^-1 + C P C^T)^-1                                                   (3)
 
+With more rows than features, k > d, the d x d form of the same minimum is the smaller one,
+
+    R = S C (lam I + C^T S C)^-1                                                                (4)
+
+and its moment C^T S C is a sum over rows, which need never be held at once.
+
 All of it is linear algebra and knows nothing about diffusers. It is solved in float64; a float32
 weight is edited in float32, see `LowRankMap.apply_to`.
 """
@@ -35,7 +41,9 @@ from torch import Tensor
 
 from ..edits.low_rank import LowRankMap, cutoff
 
-__all__ = ["fit"]
+__all__ = ["fit", "fit_moments"]
+
+BLOCK = 1024  # rows of a moment that are added at a time
 
 
 @torch.no_grad()
@@ -47,14 +55,15 @@ def fit(
     preserve: Float[Tensor, "p d"] | None = None,
     null_space: Float[Tensor, "r d"] | None = None,
 ) -> LowRankMap:
-    """The map that makes every layer read `keys` as `targets`: equations (1) to (3) above.
+    """The map that makes every layer read `keys` as `targets`: equations (1) to (4) above.
 
     keys C and targets G: [n, d]; row i of G is what row i of C shall be read as. lam >= 0 is the
-    price of moving the weight, in units of squared key length; at lam = 0 every row is met exactly,
-    by the smallest possible change. weights s: [n], or [n + p] to weigh the preserved rows too
+    price of moving the weight, in units of squared key length, against a *sum* over rows: twice the
+    rows make the same lam half as dear. At lam = 0 every row is met exactly, by the smallest
+    possible change. weights s: [n], or [n + p] to weigh the preserved rows too
     (default: 1); >= 0, and a weight of 2 equals the row twice. preserve: [p, d], rows held where
     they are as far as the others allow. null_space: [r, d], rows held exactly. Any dtype and
-    device; the solve is k x k, k = n + p, in float64 on the CPU.
+    device; the solve is k x k, k = n + p, or d x d if that is smaller, in float64 on the CPU.
 
     Raises ValueError for shapes that do not match, NaN or infinite values, a negative lam or
     weight, a null_space that holds every key, and for lam = 0 when linearly dependent keys ask for
@@ -85,7 +94,10 @@ def fit(
         C = _outside(C, _same_width("null_space", null_space, d), edited=n)
     # Row weights enter as A = sqrt(S) C: M C = sqrt(S) (lam I + A A^T)^-1 A, which allows s = 0.
     root = _row_weights(weights, n, len(C)).sqrt()[:, None]
-    R = (root * _regularised_inverse(root * C, float(lam)))[:n].contiguous()
+    if len(C) <= d:
+        R = (root * _regularised_inverse(root * C, float(lam)))[:n].contiguous()
+    else:
+        R = _by_moments(C, root, float(lam), n)
     if lam == 0:
         _check_interpolates(D, R, C, counted=root[:, 0] > 0)
     return LowRankMap(D, R)
@@ -93,18 +105,78 @@ def fit(
 
 def _regularised_inverse(A: Float64[Tensor, "k d"], lam: float) -> Float64[Tensor, "k d"]:
     """(lam I + A A^T)^-1 A; at lam = 0, the transposed pseudo-inverse of A."""
-    gram = A @ A.T
+    factor = _factor(A @ A.T, lam)
+    if factor is not None:
+        return torch.cholesky_solve(A, factor)
+    U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    return (U * _gain(sigma, A, lam)) @ Vh
+
+
+def _factor(gram: Float64[Tensor, "m m"], lam: float) -> Float64[Tensor, "m m"] | None:
+    """The Cholesky factor of gram + lam I, which it overwrites; None if that loses digits."""
     gram.diagonal().add_(lam)
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal()
     # The squared ratio of pivots bounds the condition from below. Beyond 1e8 the Gram matrix has
     # lost half of float64's digits; the SVD of A has not squared the condition: a quarter.
-    if not failed and lam > 0 and pivots.min() > 1e-4 * pivots.max():
-        return torch.cholesky_solve(A, factor)
-    U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    sound = not failed and lam > 0 and pivots.min() > 1e-4 * pivots.max()
+    return factor if sound else None
+
+
+def _gain(sigma: Tensor, A: Tensor, lam: float) -> Tensor:
+    """sigma / (sigma^2 + lam) of the singular values of A that are not rounding."""
     known = sigma > cutoff(A) * sigma.max()
-    gain = torch.where(known, sigma / (sigma.square() + lam), 0.0)
-    return (U * gain) @ Vh
+    return torch.where(known, sigma / (sigma.square() + lam), 0.0)
+
+
+def _by_moments(
+    C: Float64[Tensor, "k d"], root: Float64[Tensor, "k 1"], lam: float, n: int
+) -> Float64[Tensor, "n d"]:
+    """The first n rows of equation (4), with S = root^2."""
+    moment = torch.zeros(C.shape[1], C.shape[1], dtype=torch.float64)
+    for rows, weight in zip(C.split(BLOCK), root.split(BLOCK), strict=True):
+        part = weight * rows
+        moment.addmm_(part.T, part)
+    factor = _factor(moment, lam)
+    if factor is not None:
+        return torch.cholesky_solve((root.square() * C)[:n].T, factor).T.contiguous()
+    U, sigma, Vh = torch.linalg.svd(root * C, full_matrices=False)
+    return (root[:n] * U[:n] * _gain(sigma, C, lam)) @ Vh
+
+
+@torch.no_grad()
+def fit_moments(
+    moment: Float[Tensor, "d d"], change: Float[Tensor, "d d"], lam: float
+) -> LowRankMap:
+    """The map of equation (1) from sums over its rows, however many there were.
+
+    moment: C^T S C, of all rows, the preserved ones too. change: (G - C)^T S C, of the edited ones.
+    T = I + change (lam I + moment)^-1, whose rank is that of `change`: D are its left singular
+    vectors times the singular values. lam > 0. Any dtype and device; solved in float64 on the CPU.
+    Raises ValueError for shapes that do not match, NaN or infinite values, lam <= 0, and a moment
+    that is not positive semi-definite.
+
+    >>> C, G = torch.randn(40, 8).double(), torch.randn(40, 8).double()
+    >>> W, whole = torch.randn(4, 8).double(), fit(C, G, lam=0.5)
+    >>> summed = fit_moments(C.T @ C, (G - C).T @ C, lam=0.5)
+    >>> torch.allclose(summed.apply_to(W), whole.apply_to(W))
+    True
+    """
+    if not (isinstance(lam, Real) and math.isfinite(lam) and lam > 0):
+        raise ValueError(f"lam must be a finite number > 0, not {lam!r}; the papers use 0.01")
+    M, N = _rows("moment", moment), _rows("change", change)
+    if M.shape != N.shape or M.shape[0] != M.shape[1]:
+        raise ValueError(
+            f"moment and change must be d x d alike, not {list(M.shape)} and {list(N.shape)}"
+        )
+    U, sigma, Vh = torch.linalg.svd(N)
+    known = sigma > cutoff(N) * sigma.max().clamp_min(1e-300)
+    known[0] = True  # the identity has rank 0, but a map at least one row
+    values, vectors = torch.linalg.eigh((M + M.T) / 2)
+    if values[0] < -1e-9 * values[-1].abs():
+        raise ValueError("moment is no C^T S C: it has a negative eigenvalue")
+    inverse = (vectors / (values.clamp_min(0) + float(lam))) @ vectors.T
+    return LowRankMap((U * sigma)[:, known].contiguous(), (Vh[known] @ inverse).contiguous())
 
 
 def _outside(
