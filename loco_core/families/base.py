@@ -222,6 +222,14 @@ class Model(ABC):
         text = attention in layers and projection in self.kv(layers[attention])
         return "prompt" if text else "step"
 
+    def lora_key(self, weight: str) -> str | None:
+        """The name of a weight in a LoRA file of kohya's convention, which other programs read, or
+        None where that convention has none.
+
+        weight: its name from the pipeline down. Without the ending (".lora_down.weight", ...).
+        """
+        return None
+
     def unprompted(self, empty: TextStates) -> TextStates:
         """What the pipeline pushes away from if it is given no negative prompt at all.
 

@@ -26,6 +26,11 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "stable-diffusion-xl"
     pooled = True
+    lora_prefixes = {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }
 
     @classmethod
     def owns(cls, pipe: Any) -> bool:
