@@ -25,6 +25,7 @@ from loco_core.edits.factors import factors
 from loco_core.edits.knockout import Knockout
 from loco_core.edits.low_rank import LowRankMap
 from loco_core.edits.weights import module_of
+from loco_core.families import family_of
 from loco_core.judging.clip_score import Clip
 
 CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2."
@@ -257,7 +258,8 @@ def test_changes_of_different_rank_each_act_as_the_edited_weight(build, tmp_path
         for m in part.modules()
         if hasattr(m, "base_layer")
     ]
-    assert len(adapters) == len(names)
+    also = family_of(pipe).lora_also(names) if build in (sd, sdxl) else set()
+    assert len(adapters) == len({*names, *also})
     assert not [m for m in log if "No LoRA keys" not in m]
     pipe.unload_lora_weights()
     assert identical(weights(pipe), before)
@@ -322,7 +324,7 @@ def test_rows_that_say_the_same_twice_cost_nothing():
 def test_edit_that_changes_nothing_is_a_lora_of_zeros(pipe, tmp_path):
     some_edit(pipe).scaled(0).to_lora(tmp_path / "edit", pipe)
     tensors, _ = contents(tmp_path / "edit")
-    assert len(tensors) == 9
+    assert len(tensors) == 3 * 6  # q, k, v of the text layer as well: see lora_also
     assert not any(tensor.any() for key, tensor in tensors.items() if "alpha" not in key)
     pipe.load_lora_weights(tmp_path / "edit")
 
@@ -362,8 +364,10 @@ def test_file_holds_a_lora_for_each_weight_and_says_what_it_is(pipe, tmp_path):
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v",
         "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
     ]
+    also = [keys[2].replace("out", x) for x in "qkv"]
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    assert set(tensors) == {f"{key}.{part}" for key in keys for part in parts}
+    assert set(tensors) == {f"{key}.{part}" for key in [*keys, *also] for part in parts}
+    assert not any(tensors[f"{key}.{part}"].any() for key in also for part in parts[:2])
     for i, key in enumerate(keys, start=1):
         down, up, alpha = (tensors[f"{key}.{part}"] for part in parts)
         assert len(down) == up.shape[1] == alpha == 3  # one rank for all, the rest of it zeros

@@ -9,7 +9,7 @@ reader knows is built from the layout of the checkpoints, not from our names.
 - A1111 (extensions-builtin/Lora/networks.py): turns the diffusers name of a block into the place in
   the checkpoint, three places a block, and looks that up; of text encoders that came from OpenCLIP
   (SD 2 and the second of SD-XL) it renames the matrices, and q, k, v are one module: it finds their
-  names, but adds a change of q, k, v and out only if the file has all four of a layer.
+  names, but adds their change, and that of out, only if the file has all four of a layer.
 - sd-scripts (networks/lora.py): for SD 1 and 2 the names are those of diffusers' modules; its SD-XL
   UNet has those of the checkpoint, and a file is translated block by block once it sees a name with
   "down_blocks" or "up_blocks" in it.
@@ -85,14 +85,16 @@ def full_size(model):
 
 
 def keys(pipe, chosen: str) -> set[str]:
-    """Our names of the matrices whose path matches `chosen`."""
-    return {
-        family_of(pipe).lora_key(f"{part}.{name}.weight")
+    """The names in a file of an edit that changes the matrices whose path matches `chosen`."""
+    weights = {
+        f"{part}.{name}.weight"
         for part in ("unet", "text_encoder", "text_encoder_2")
         if isinstance(getattr(pipe, part, None), nn.Module)
         for name, module in getattr(pipe, part).named_modules()
         if isinstance(module, nn.Linear) and re.search(chosen, f"{part}.{name}")
     }
+    family = family_of(pipe)
+    return {family.lora_key(name) for name in weights | family.lora_also(weights)}
 
 
 def in_checkpoint(model) -> set[str]:
@@ -175,7 +177,13 @@ def a1111(model, found) -> set[str]:
         }
         return f"{start}model_transformer_resblocks_{layer}_{renamed.get(matrix, 'attn')}"
 
-    return {key for key in found if looked_up(key) in names}
+    def taken(key: str) -> bool:
+        layer, split, _ = key.rpartition("_self_attn_")
+        four = {f"{layer}_self_attn_{x}_proj" for x in ("q", "k", "v", "out")}
+        whole = not split or "resblocks" not in looked_up(key) or four <= found
+        return looked_up(key) in names and whole
+
+    return {key for key in found if taken(key)}
 
 
 def sd_scripts(model, found) -> set[str]:
@@ -208,15 +216,28 @@ def test_every_name_of_ours_is_one_that_the_program_reads(model, reader):
     assert not READERS["ComfyUI and Forge"](name, dotted)
 
 
-def test_keys_and_values_of_all_text_layers_are_among_them(model):
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "chosen",
+    [r"attn2\.to_[kv]$", r"mid_block.*attn2\.to_[kv]$", r"\.0\.self_attn\.out_proj$"],
+    ids=["all text layers", "middle block alone", "Diff-QuickFix"],
+)
+def test_every_name_in_the_file_of_an_edit_is_read(model, reader, chosen):
     name, pipe = model
-    found = keys(pipe, r"attn2\.to_[kv]$")
-    assert len(found) == 2 * len(family_of(pipe).text_layers) == (140 if name == "SD-XL" else 32)
-    for reader in READERS.values():
-        assert reader(name, found) == found
+    found = keys(pipe, chosen)
+    assert found and READERS[reader](name, found) == found
 
 
-def test_sd_scripts_overlooks_an_xl_file_of_the_middle_block_alone(model):
+def test_what_is_there_for_a_program_that_overlooks_others_is_needed(model):
     name, pipe = model
-    found = keys(pipe, r"mid_block.*attn2\.to_[kv]$")
-    assert sd_scripts(name, found) == (set() if name == "SD-XL" else found)
+    middle = {key for key in keys(pipe, r"mid_block.*attn2\.to_[kv]$") if "mid_block" in key}
+    assert sd_scripts(name, middle) == (set() if name == "SD-XL" else middle)
+    out = {key for key in keys(pipe, r"self_attn\.out_proj$") if key.endswith("out_proj")}
+    openai = {"SD 1": 12, "SD 2": 0, "SD-XL": 12}[name]  # layers, of which it takes any matrix
+    assert len(a1111(name, out)) == openai
+
+
+def test_keys_and_values_of_all_text_layers_have_a_name_each(model):
+    name, pipe = model
+    layers = len(family_of(pipe).text_layers)
+    assert len(keys(pipe, r"attn2\.to_[kv]$")) == 2 * layers == (140 if name == "SD-XL" else 32)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .._warn import warn
 from ..families import FAMILIES
@@ -33,6 +33,7 @@ from .stack import original_of
 
 __all__ = ["save_lora"]
 
+KOHYA, DIFFUSERS = ("lora_down", "lora_up"), ("lora_A", "lora_B")
 COMMON = 32  # the rank at which a refused knock-out is told what a LoRA of it would leave out
 
 
@@ -48,7 +49,8 @@ def save_lora(edit: Any, path: str | Path, pipe: Any, rank: int | None = None) -
     kohya's names, which diffusers, ComfyUI, A1111, Forge and sd-scripts read:
     "lora_unet_<module>", "lora_te_<module>" (of SD-XL "lora_te1_<module>", "lora_te2_<module>"),
     its dots as underscores; each with ".lora_down.weight" [r, in], ".lora_up.weight" [out, r] and
-    ".alpha" = r. A convolution has [r, in, height, width] and [out, r, 1, 1]. For a pipeline of
+    ".alpha" = r. A convolution has [r, in, height, width] and [out, r, 1, 1]. A few weights without
+    which one of these programs overlooks another are there as well, as zeros. For a pipeline of
     another family the names are those of diffusers, "<component>.<module>.lora_A.weight" and
     ".lora_B.weight". All in float32 (float64 if the pipeline is): who loads the file rounds it to
     the dtype of the pipeline. The metadata say under "loco_core.edit" what the edit was made from
@@ -82,13 +84,7 @@ def save_lora(edit: Any, path: str | Path, pipe: Any, rank: int | None = None) -
     if rank is None:
         _check_low_rank(edit, weights)
     parts = {name: factors(edit.changes[name], W, rank) for name, W in weights.items()}
-    rows = max(len(part.A) for part in parts.values())
-    family = next((family(pipe) for family in FAMILIES if family.owns(pipe)), None)
-    tensors: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        key = family.lora_key(name) if family else None
-        tensors |= _tensors(name, key, part, rows, weights[name].shape)
-    _write(path, tensors, edit, parts)
+    _write(path, _tensors(parts, pipe), edit, parts)
     error = left_out(parts.values())
     if any(part.cut for part in parts.values()):
         warn(
@@ -98,18 +94,29 @@ def save_lora(edit: Any, path: str | Path, pipe: Any, rank: int | None = None) -
     return error
 
 
-def _tensors(
-    name: str, key: str | None, part: Factors, rows: int, shape: torch.Size
-) -> dict[str, Tensor]:
-    """What the file holds of the weight `name`. key: kohya's name of it, if it has one."""
-    more = rows - len(part.A)
-    down = pad(part.A, (0, 0, 0, more)).reshape(rows, *shape[1:])
-    up = pad(part.B, (0, more)).reshape(shape[0], rows, *(1 for _ in shape[2:]))
-    if key is None:
-        module = name.removesuffix(".weight")
-        return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-    alpha = torch.tensor(float(rows), dtype=part.A.dtype)
-    return {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
+def _tensors(parts: Mapping[str, Factors], pipe: Any) -> dict[str, Tensor]:
+    """What the file holds: the factors of each weight, filled up with zeros to one rank."""
+    family = next((family(pipe) for family in FAMILIES if family.owns(pipe)), None)
+    also = sorted(family.lora_also(parts)) if family else []
+    rank = max(len(part.A) for part in parts.values())
+    dtype = next(iter(parts.values())).A.dtype
+    found: dict[str, Tensor] = {}
+    for name in (*parts, *also):
+        out, *rest = original_of(pipe, name).shape
+        down, up = (
+            torch.zeros(rank, math.prod(rest), dtype=dtype),
+            torch.zeros(out, rank, dtype=dtype),
+        )
+        if name in parts:
+            A, B = parts[name][:2]
+            down[: len(A)], up[:, : len(A)] = A, B
+        key = family.lora_key(name) if family else None
+        path, names = (key, KOHYA) if key else (name.removesuffix(".weight"), DIFFUSERS)
+        found[f"{path}.{names[0]}.weight"] = down.reshape(rank, *rest)
+        found[f"{path}.{names[1]}.weight"] = up.reshape(out, rank, *(1 for _ in rest[1:]))
+        if key:
+            found[f"{path}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+    return found
 
 
 def _check_low_rank(edit: Any, weights: Mapping[str, Tensor]) -> None:

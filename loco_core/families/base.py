@@ -9,7 +9,7 @@ To add a family: one file with a subclass of `Model`, and one line in `families/
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -229,6 +229,10 @@ class Model(ABC):
         weight: its name from the pipeline down. Without the ending (".lora_down.weight", ...).
         """
         return None
+
+    def lora_also(self, weights: Collection[str]) -> set[str]:
+        """Other weights without which some program overlooks one of these in such a file."""
+        return set()
 
     def unprompted(self, empty: TextStates) -> TextStates:
         """What the pipeline pushes away from if it is given no negative prompt at all.

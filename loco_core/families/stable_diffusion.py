@@ -5,7 +5,7 @@ published models, and every layer reads the same text states.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,12 @@ class StableDiffusion(LatentModel):
         flat = component != self.component and path.startswith(("encoder.", "embeddings."))
         path = f"text_model.{path}" if flat else path
         return prefix and f"{prefix}_{path.replace('.', '_')}"
+
+    def lora_also(self, weights: Collection[str]) -> set[str]:
+        """A1111 takes the four matrices of an attention of OpenCLIP together or not at all."""
+        layers = {weight.rpartition(".self_attn.")[0] for weight in weights} - {""}
+        four = {f"{x}.self_attn.{each}_proj.weight" for x in layers for each in "q k v out".split()}
+        return four.difference(weights)
 
     def _inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}
