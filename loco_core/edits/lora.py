@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from .stack import original_of
 
 __all__ = ["save_lora"]
 
-KOHYA, DIFFUSERS = ("lora_down", "lora_up"), ("lora_A", "lora_B")
 COMMON = 32  # the rank at which a refused knock-out is told what a LoRA of it would leave out
 
 
@@ -50,12 +49,12 @@ def save_lora(edit: Any, path: str | Path, pipe: Any, rank: int | None = None) -
     "lora_unet_<module>", "lora_te_<module>" (of SD-XL "lora_te1_<module>", "lora_te2_<module>"),
     its dots as underscores; each with ".lora_down.weight" [r, in], ".lora_up.weight" [out, r] and
     ".alpha" = r. A convolution has [r, in, height, width] and [out, r, 1, 1]. A few weights without
-    which one of these programs overlooks another are there as well, as zeros. For a pipeline of
-    another family the names are those of diffusers, "<component>.<module>.lora_A.weight" and
-    ".lora_B.weight". All in float32 (float64 if the pipeline is): who loads the file rounds it to
-    the dtype of the pipeline. The metadata say under "loco_core.edit" what the edit was made from
-    and what is left out of each weight; `Edit.load` refuses the file, so keep that of `edit.save`
-    too. Whole or not at all.
+    which one of these programs overlooks another are there as well, as zeros. If there is no such
+    name for one, as for the weights of other families, all have those of diffusers,
+    "<component>.<module>.lora_A.weight" and ".lora_B.weight". All in float32 (float64 if the
+    pipeline is): who loads the file rounds it to the dtype of the pipeline. The metadata say under
+    "loco_core.edit" what the edit was made from and what is left out of each weight; `Edit.load`
+    refuses the file, so keep that of `edit.save` too. Whole or not at all.
 
     Returns what the file leaves out, ||change - B A|| / ||change|| over all weights (Frobenius),
     and warns of it if the rank cut anything off. Without a rank it is below 1e-6.
@@ -96,27 +95,35 @@ def save_lora(edit: Any, path: str | Path, pipe: Any, rank: int | None = None) -
 
 def _tensors(parts: Mapping[str, Factors], pipe: Any) -> dict[str, Tensor]:
     """What the file holds: the factors of each weight, filled up with zeros to one rank."""
-    family = next((family(pipe) for family in FAMILIES if family.owns(pipe)), None)
-    also = sorted(family.lora_also(parts)) if family else []
+    kohya = _kohya(parts, pipe)
+    keys = kohya or {name: name.removesuffix(".weight") for name in parts}
+    first, second = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
     rank = max(len(part.A) for part in parts.values())
     dtype = next(iter(parts.values())).A.dtype
     found: dict[str, Tensor] = {}
-    for name in (*parts, *also):
+    for name, key in keys.items():
         out, *rest = original_of(pipe, name).shape
-        down, up = (
-            torch.zeros(rank, math.prod(rest), dtype=dtype),
-            torch.zeros(out, rank, dtype=dtype),
+        A, B = (
+            torch.zeros(*shape, dtype=dtype) for shape in ((rank, math.prod(rest)), (out, rank))
         )
-        if name in parts:
-            A, B = parts[name][:2]
-            down[: len(A)], up[:, : len(A)] = A, B
-        key = family.lora_key(name) if family else None
-        path, names = (key, KOHYA) if key else (name.removesuffix(".weight"), DIFFUSERS)
-        found[f"{path}.{names[0]}.weight"] = down.reshape(rank, *rest)
-        found[f"{path}.{names[1]}.weight"] = up.reshape(out, rank, *(1 for _ in rest[1:]))
-        if key:
-            found[f"{path}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+        if part := parts.get(name):
+            A[: len(part.A)], B[:, : len(part.A)] = part.A, part.B
+        found[f"{key}.{first}.weight"] = A.reshape(rank, *rest)
+        found[f"{key}.{second}.weight"] = B.reshape(out, rank, *(1 for _ in rest[1:]))
+        if kohya:
+            found[f"{key}.alpha"] = torch.tensor(float(rank), dtype=dtype)
     return found
+
+
+def _kohya(weights: Collection[str], pipe: Any) -> dict[str, str]:
+    """Kohya's names of these weights and of those without which a program overlooks one of them,
+    or none if one of them has no such name."""
+    family = next((family(pipe) for family in FAMILIES if family.owns(pipe)), None)
+    if family is None:
+        return {}
+    keys = {name: family.lora_key(name) for name in (*weights, *sorted(family.lora_also(weights)))}
+    named = {name: key for name, key in keys.items() if key is not None}
+    return named if len(named) == len(keys) else {}
 
 
 def _check_low_rank(edit: Any, weights: Mapping[str, Tensor]) -> None:

@@ -56,6 +56,10 @@ class StableDiffusionXL(StableDiffusion):
         zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
         return TextStates(zeros[0], empty.tokens, pooled=zeros[1])
 
+    def lora_key(self, weight: str) -> str | None:
+        """None for what adds the pooled text to the time step: diffusers knows no such name."""
+        return None if ".add_embedding." in weight else super().lora_key(weight)
+
     def lora_also(self, weights: Collection[str]) -> set[str]:
         """And sd-scripts tells by a name outside the middle block that the names are diffusers'."""
         inside = [weight.split(".")[1] for weight in weights if weight.startswith("unet.")]
