@@ -10,7 +10,9 @@ import json
 import sys
 
 import diffusers
+import peft
 import torch
+import transformers
 from safetensors.torch import save_file
 
 
@@ -45,4 +47,5 @@ if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         asked = json.load(file)
     images = {name: painted(*run) for name, run in asked.items()}
-    save_file(images, sys.argv[2], metadata={"diffusers": diffusers.__version__})
+    used = {m.__name__: m.__version__ for m in (diffusers, peft, transformers)}
+    save_file(images, sys.argv[2], metadata=used)

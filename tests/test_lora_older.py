@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loco_core as loco
@@ -25,9 +26,11 @@ MIRA = loco.shapeland.concept("style", loco.shapeland.ATTRIBUTES["style"][0])
 
 
 @pytest.fixture(scope="module", params=RELEASES)
-def older(request) -> Path:
-    """The Python of an environment with an older diffusers; all else is that of ours."""
+def older(request) -> tuple[Path, dict[str, str]]:
+    """The Python of an environment with an older diffusers, all else being ours; and its versions
+    of what reads a LoRA."""
     folder = ROOT / ".cache" / f"diffusers-{request.param}"
+    wanted = [f"diffusers=={request.param}", *RELEASES[request.param].split()]
     python, done = folder / "bin" / "python", folder / "complete"
     if not done.exists():
         venv.create(folder, clear=True, symlinks=True)
@@ -35,13 +38,13 @@ def older(request) -> Path:
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         )
         (Path(home.strip()) / "ours.pth").write_text(sysconfig.get_path("purelib"))
-        wanted = [f"diffusers=={request.param}", *RELEASES[request.param].split()]
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
         ran = subprocess.run([*pip, *wanted], capture_output=True, text=True)
         if ran.returncode:
             pytest.skip(f"diffusers {request.param} cannot be installed: {ran.stderr[-300:]}")
         done.touch()
-    return python
+    versions = dict(each.split("==") for each in wanted)
+    return python, {name: versions[name] for name in ("diffusers", "peft", "transformers")}
 
 
 def saved(pipe, folder: Path) -> str:
@@ -54,7 +57,7 @@ def saved(pipe, folder: Path) -> str:
 
 
 def of_unet(pipe):
-    return loco.uce(pipe, MIRA, tokens="following")  # ranks from 32 to 122
+    return loco.uce(pipe, MIRA, tokens="following")
 
 
 def of_text(pipe):
@@ -74,6 +77,9 @@ def test_older_diffusers_paints_the_edit(older, model, method, tmp_path):
     ids = [t(MIRA.prompts[0], padding="max_length").input_ids for t in tokenizers]
     edit, lora = method(pipe), str(tmp_path / "edit.safetensors")
     edit.to_lora(lora, pipe)
+    with safe_open(lora, framework="pt") as file:
+        ranks = set(json.loads(file.metadata()["loco_core.edit"])["weights"].values())
+    assert len(ranks) > 1 or method is of_text  # what older releases take for one
     plain = saved(pipe, tmp_path / "plain")
     runs = {"none": [plain, ids, None, 1.0]}
     for strength in (0.5, 1.0):
@@ -86,8 +92,11 @@ def test_older_diffusers_paints_the_edit(older, model, method, tmp_path):
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     script = Path(__file__).with_name("older_diffusers.py")
     given = [tmp_path / "runs.json", tmp_path / "images.safetensors"]
-    ran = subprocess.run([older, script, *given], capture_output=True, text=True)
+    python, versions = older
+    ran = subprocess.run([python, script, *given], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
+    with safe_open(given[1], framework="pt") as file:
+        assert file.metadata() == versions
     images = load_file(given[1])
     with torch.no_grad():
         for strength in (0.5, 1.0):
