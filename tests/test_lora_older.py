@@ -57,7 +57,12 @@ def saved(pipe, folder: Path) -> str:
 
 
 def of_unet(pipe):
-    return loco.uce(pipe, MIRA, tokens="following")
+    """A low rank in the first layers, a higher one in the others."""
+    count = len(loco.text_layers(pipe))
+    return loco.compose(
+        loco.locoedit(pipe, MIRA, layers=range(4), tokens="last"),
+        loco.locoedit(pipe, MIRA, layers=range(4, count), tokens="following"),
+    )
 
 
 def of_text(pipe):
