@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,15 @@ def test_the_lora_folder_does_what_the_edit_does(ran, home):
         wanted = loco.generate(pipe, [PROMPT], steps=2)
     pipe.load_lora_weights(str(home / "gone-lora"))
     assert (loco.generate(pipe, [PROMPT], steps=2) - wanted).abs().max() < 1e-3
+
+
+def test_a_knock_out_is_handed_on_as_a_lora_once_a_rank_is_named(ran, home):
+    code, _, err = run(["lora", "mini-sd", "parts", "parts-lora"])
+    assert code == 1 and "a LoRA adds a matrix of low rank" in err and "rank=32" in err
+    code, out, err = run(["lora", "mini-sd", "parts", "parts-lora", "--rank", "8", "--json"])
+    assert code == 0 and 0 < json.loads(out)["left out of the change"] < 1
+    assert "leaves out" in err
+    shutil.rmtree(home / "parts-lora")
 
 
 def test_trace_finds_the_one_place_of_the_text_encoder_that_brings_the_object_back(ran):

@@ -1,24 +1,31 @@
-"""An edit written as a LoRA is the same edit, in any program that loads one with diffusers."""
+"""An edit written as a LoRA is the same edit in a pipeline that loads it.
+
+Names that other programs know are in test_lora_keys, older releases of ours in test_lora_older.
+"""
 
 import doctest
 import errno
 import json
 import logging
 import os
+import warnings
 from functools import partial
 
 import pytest
 import torch
-from conftest import build_tiny_sd, exact, text_settings
+from conftest import build_tiny_sd, build_tiny_sdxl, exact, text_settings
 from safetensors import safe_open
 
 import loco_core as loco
 from loco_core import records
 from loco_core.closed_form.solver import fit
-from loco_core.edits import lora
+from loco_core.edits import factors as kernel
 from loco_core.edits.edit import make_edit
+from loco_core.edits.factors import factors
+from loco_core.edits.knockout import Knockout
 from loco_core.edits.low_rank import LowRankMap
 from loco_core.edits.weights import module_of
+from loco_core.families import family_of
 from loco_core.judging.clip_score import Clip
 
 CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2."
@@ -26,7 +33,11 @@ TEXT = "encoder.layers.{}.self_attn.out_proj.weight"
 NAMES = (CROSS + "to_k.weight", CROSS + "to_v.weight", "text_encoder." + TEXT.format(0))
 GOGH = loco.Concept("van gogh", "style", ["a house in style of van gogh"], ["a house"])
 MIRA = loco.shapeland.concept("style", loco.shapeland.ATTRIBUTES["style"][0])
-MODELS = {"tiny": (build_tiny_sd, GOGH), "mini-sd": (partial(loco.load, "mini-sd"), MIRA)}
+MODELS = {
+    "tiny": (build_tiny_sd, GOGH),
+    "mini-sd": (partial(loco.load, "mini-sd"), MIRA),
+    "mini-sdxl": (partial(loco.load, "mini-sdxl"), MIRA),
+}
 
 
 def locoedit(pipe, concept):
@@ -113,7 +124,9 @@ def test_fresh_pipeline_with_the_lora_makes_the_images_of_the_edit(model, method
     fresh.load_lora_weights(path, adapter_name="edit")
     touched = {name.partition(".")[0] for name in edit.changes}
     assert set(fresh.get_list_adapters()) == touched
-    assert len([m for m in log if "No LoRA keys" in m]) == len({"unet", "text_encoder"} - touched)
+    assert len([m for m in log if "No LoRA keys" in m]) == len(
+        set(fresh._lora_loadable_modules) - touched
+    )
     assert not [m for m in log if "No LoRA keys" not in m]
     for scale, wanted in expected.items():
         fresh.set_adapters(["edit"], adapter_weights=[scale])
@@ -214,7 +227,7 @@ def deepfloyd():
 
 
 @pytest.mark.parametrize("build", [sd, sdxl, sd3, deepfloyd])
-def test_adapters_of_different_rank_each_act_as_the_edited_weight(build, tmp_path, log):
+def test_changes_of_different_rank_each_act_as_the_edited_weight(build, tmp_path, log):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe, names = build()
@@ -233,8 +246,8 @@ def test_adapters_of_different_rank_each_act_as_the_edited_weight(build, tmp_pat
     log.clear()
     pipe.load_lora_weights(tmp_path / "edit", adapter_name="edit")
     adapted = outputs()
-    for rank, name in enumerate(names, start=1):
-        assert module_of(pipe, name).r == {"edit": rank}
+    for name in names:
+        assert module_of(pipe, name).r == {"edit": len(names)}  # the largest of 1, 2, ...
         assert module_of(pipe, name).scaling == {"edit": 1}
         assert (expected[name] - original[name]).abs().max() > 0.02
         assert (expected[name] - adapted[name]).abs().max() < 1e-5
@@ -245,7 +258,8 @@ def test_adapters_of_different_rank_each_act_as_the_edited_weight(build, tmp_pat
         for m in part.modules()
         if hasattr(m, "base_layer")
     ]
-    assert len(adapters) == len(names)
+    also = family_of(pipe).lora_also(names) if build in (sd, sdxl) else set()
+    assert len(adapters) == len({*names, *also})
     assert not [m for m in log if "No LoRA keys" not in m]
     pipe.unload_lora_weights()
     assert identical(weights(pipe), before)
@@ -291,7 +305,7 @@ def test_fusing_the_lora_gives_the_weights_of_the_edit(pipe, tmp_path):
 def test_factors_multiply_to_the_change_and_have_its_rank(out, width, n):
     change = LowRankMap(rows(1, width, n).double(), rows(2, n, width).double())
     W = rows(3, out, width)
-    A, B = lora.factors(change, W)
+    A, B, *_ = factors(change, W)
     delta = W.double() @ change.D @ change.R
     assert A.shape == (min(out, width, n), width) and B.shape == (out, min(out, width, n))
     assert torch.dist(B.double() @ A.double(), delta) < 1e-6 * delta.norm()
@@ -302,7 +316,7 @@ def test_factors_multiply_to_the_change_and_have_its_rank(out, width, n):
 def test_rows_that_say_the_same_twice_cost_nothing():
     keys, targets, W = rows(1, 3, 32), rows(2, 3, 32), rows(3, 16, 32)
     twice = fit(keys.repeat(2, 1), targets.repeat(2, 1), 0.01)
-    A, B = lora.factors(twice, W)
+    A, B, *_ = factors(twice, W)
     assert len(A) == 3 and twice.R.shape[0] == 6
     assert torch.dist(B @ A, twice.delta(W).float()) < 1e-6 * (B @ A).norm()
 
@@ -310,7 +324,8 @@ def test_rows_that_say_the_same_twice_cost_nothing():
 def test_edit_that_changes_nothing_is_a_lora_of_zeros(pipe, tmp_path):
     some_edit(pipe).scaled(0).to_lora(tmp_path / "edit", pipe)
     tensors, _ = contents(tmp_path / "edit")
-    assert len(tensors) == 6 and all(not tensor.any() for tensor in tensors.values())
+    assert len(tensors) == 3 * 6  # q, k, v of the text layer as well: see lora_also
+    assert not any(tensor.any() for key, tensor in tensors.items() if "alpha" not in key)
     pipe.load_lora_weights(tmp_path / "edit")
 
 
@@ -322,11 +337,11 @@ def test_factors_lose_less_in_half_precision_than_those_of_the_map():
     def lost(A, B):
         return torch.dist(B.half().double() @ A.half().double(), delta) / delta.norm()
 
-    assert 2 * lost(*lora.factors(change, W)) < lost(change.R, W.double() @ change.D)
+    assert 2 * lost(*factors(change, W)[:2]) < lost(change.R, W.double() @ change.D)
 
 
 def test_doctest():
-    assert doctest.testmod(lora).failed == 0
+    assert doctest.testmod(kernel).failed == 0
 
 
 def test_file_is_the_same_whether_the_edit_is_applied_or_not(pipe, tmp_path):
@@ -344,10 +359,22 @@ def test_file_holds_a_lora_for_each_weight_and_says_what_it_is(pipe, tmp_path):
     edit, path = some_edit(pipe), tmp_path / "new" / "edit.safetensors"
     edit.to_lora(path, pipe)
     tensors, metadata = contents(path)
-    modules = [name.removesuffix(".weight") for name in edit.changes]
-    assert set(tensors) == {f"{name}.lora_{half}.weight" for name in modules for half in "AB"}
+    keys = [
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v",
+        "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+    ]
+    also = [keys[2].replace("out", x) for x in "qkv"]
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(tensors) == {f"{key}.{part}" for key in [*keys, *also] for part in parts}
+    assert not any(tensors[f"{key}.{part}"].any() for key in also for part in parts[:2])
+    for i, key in enumerate(keys, start=1):
+        down, up, alpha = (tensors[f"{key}.{part}"] for part in parts)
+        assert len(down) == up.shape[1] == alpha == 3  # one rank for all, the rest of it zeros
+        assert down[:i].any(1).all() and not down[i:].any() and not up[:, i:].any()
     told = json.loads(metadata["loco_core.edit"])
     assert told["weights"] == {name: i + 1 for i, name in enumerate(NAMES)}
+    assert told["left_out"] == dict.fromkeys(NAMES, 0)
     assert told["originals"] == edit.originals
     assert told["provenance"]["settings"] == {"method": "test"}
     with pytest.raises(ValueError, match=r"edit\.safetensors: its format is 'lora'"):
@@ -439,3 +466,133 @@ def test_localisation_under_a_lora_is_that_of_the_edited_pipeline(pipe, tiny_cli
     assert (expected.images[:] - plain.images[:]).abs().max() > 0.02
     assert torch.allclose(found.scores, expected.scores, atol=0.05)
     assert found.best == expected.best and found.layers == expected.layers
+
+
+CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
+
+
+def knocked(pipe, *names: str, share: float = 0.3) -> loco.Edit:
+    """An edit that zeroes the same share of each of `names`, at random."""
+    changes = {}
+    for i, name in enumerate(names or NAMES):
+        shape = module_of(pipe, name).weight.shape
+        chosen = rows(i, 1, shape.numel())[0].argsort()[: int(share * shape.numel())]
+        changes[name] = Knockout(tuple(shape), chosen.sort().values)
+    return make_edit(pipe, changes, method="test")
+
+
+def relative_error(edit, pipe, path) -> float:
+    """What the adapters of a file lack of an edit's change: slowly, with weights as matrices."""
+    differences = {name: -module_of(pipe, name).weight.data.double() for name in edit.changes}
+    with edit.applied(pipe):
+        for name in edit.changes:
+            differences[name] += module_of(pipe, name).weight.data.double()
+    pipe.load_lora_weights(path)
+    missed = [
+        differences[name] - module_of(pipe, name).get_delta_weight("default_0").detach().double()
+        for name in edit.changes
+    ]
+    pipe.unload_lora_weights()
+    size, lost = (sum(d.square().sum() for d in each) for each in (differences.values(), missed))
+    return float((lost / size).sqrt())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_truncated_lora_misses_as_much_of_the_change_as_it_says(pipe, rank, tmp_path):
+    map = fit(rows(1, 6, 32), rows(2, 6, 32), 0.01)
+    for name, edit in {
+        "maps": make_edit(pipe, dict.fromkeys(NAMES[:2], map), method="test"),
+        "knock-outs": knocked(pipe, *NAMES, CONV),
+    }.items():
+        whole = name == "maps" and rank >= 6
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            error = edit.to_lora(tmp_path / "edit", pipe, rank=rank)
+        assert len(warned) == (not whole)
+        assert whole or f"leaves out {error:.1%} of what" in str(warned[0].message)
+        assert error == pytest.approx(relative_error(edit, pipe, tmp_path / "edit"), abs=1e-6)
+        assert (error < 1e-6) == whole
+        told = json.loads(contents(tmp_path / "edit")[1]["loco_core.edit"])
+        assert max(told["weights"].values()) == (min(rank, 6) if name == "maps" else rank)
+        assert set(told["left_out"]) == set(edit.changes)
+
+
+@pytest.mark.parametrize(
+    "build, extra", [(build_tiny_sd, False), (build_tiny_sdxl, False), (build_tiny_sdxl, True)]
+)
+def test_every_weight_finds_its_place_in_the_pipeline(build, extra, tmp_path):
+    """extra: with those of SD-XL that only diffusers' own names are for."""
+    pipe = build()
+    names = [
+        f"{part}.{name}.weight"
+        for part in pipe._lora_loadable_modules
+        for name, module in getattr(pipe, part).named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        and (extra or not name.startswith("add_embedding"))
+    ]
+    edit = knocked(pipe, *names)
+    with pytest.warns(UserWarning, match="leaves out"):
+        error = edit.to_lora(tmp_path / "edit", pipe, rank=3)
+    assert len(names) > 250
+    assert any("lora_A" in key for key in contents(tmp_path / "edit")[0]) == extra
+    assert error == pytest.approx(relative_error(edit, pipe, tmp_path / "edit"), abs=1e-5)
+
+
+def test_no_change_of_that_rank_is_nearer_than_the_one_written():
+    shape, count = (24, 16), 90
+    chosen = rows(1, 1, 384)[0].argsort()[:count].sort().values
+    change, W = Knockout(shape, chosen), rows(2, *shape)
+    A, B, size, missed, cut = factors(change, W, rank=5)
+    delta = change.apply_to(W.double()) - W.double()
+    assert cut and size == pytest.approx(float(delta.norm()))
+    assert missed == pytest.approx(float(torch.dist(B.double() @ A.double(), delta)), rel=1e-6)
+    for seed in range(10):  # alternating least squares from anywhere ends above it
+        left = rows(seed, 24, 5).double()
+        for _ in range(200):
+            right = torch.linalg.lstsq(left, delta).solution
+            left = torch.linalg.lstsq(right.T, delta.T).solution.T
+        assert torch.dist(left @ right, delta) >= missed * (1 - 1e-9)
+
+
+def test_whole_neurons_are_of_low_rank_and_lose_nothing(pipe, tmp_path):
+    name = NAMES[1]
+    out, width = module_of(pipe, name).weight.shape
+    rows_of_two = torch.arange(2 * width)  # the first two rows of the weight
+    edit = make_edit(pipe, {name: Knockout((out, width), rows_of_two)}, method="test")
+    assert edit.to_lora(tmp_path / "edit", pipe, rank=2) < 1e-6
+    assert relative_error(edit, pipe, tmp_path / "edit") < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:the LoRA")
+def test_knock_out_says_what_the_nearest_lora_leaves_out(tmp_path):
+    pipe = loco.load("mini-sd")
+    wide = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"
+    edit = knocked(pipe, wide, share=0.01)
+    with pytest.raises(ValueError, match="knocks out single.*low rank.*rank=32") as refusal:
+        edit.to_lora(tmp_path / "edit", pipe)
+    assert not os.listdir(tmp_path)
+    error = edit.to_lora(tmp_path / "edit", pipe, rank=32)
+    assert f"leaves out {error:.1%} of" in str(refusal.value) and error > 0.05
+
+
+@pytest.mark.parametrize("shape", [(20, 90), (90, 20), (6, 5, 3, 3)])
+def test_factors_of_a_knock_out_are_those_of_the_singular_value_decomposition(shape):
+    size = torch.Size(shape).numel()
+    chosen, W = rows(1, 1, size)[0].argsort()[: size // 4].sort().values, rows(2, 1, size)
+    change, W = Knockout(shape, chosen), W.reshape(shape)
+    U, S, Vh = torch.linalg.svd((change.apply_to(W) - W).double().flatten(1), full_matrices=False)
+    for rank in (1, 3, None):
+        A, B, full, missed, _ = factors(change, W, rank)
+        assert torch.allclose(
+            B.double() @ A.double(), U[:, :rank] * S[:rank] @ Vh[:rank], atol=1e-5
+        )
+        assert (full, missed) == pytest.approx(
+            (float(S.norm()), float(S[len(A) :].norm())), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("rank", [0, -3, 2.5, True, "8"])
+def test_rank_that_is_no_whole_number_from_one_on_is_refused(pipe, rank, tmp_path):
+    with pytest.raises(ValueError, match=r"rank=.* must be a whole number from 1 on, or None"):
+        some_edit(pipe).to_lora(tmp_path / "edit", pipe, rank=rank)
+    assert not os.listdir(tmp_path)

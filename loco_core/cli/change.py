@@ -183,14 +183,19 @@ def lora(
     work: Work,
     edit: EditPath,
     out: Annotated[Path, Argument(help="Folder for the results.")],
+    rank: Annotated[
+        int | None,
+        Option(help="The largest rank; a knock-out needs one. What it leaves out is told."),
+    ] = None,
 ) -> Report:
     """Write an edit as a LoRA.
 
-    lora.safetensors, for diffusers and whatever else reads its files.
+    lora.safetensors, with the names that diffusers, ComfyUI, A1111, Forge and sd-scripts read.
     """
     made = read.load_edit(edit)
-    made.to_lora(work.folder / "lora.safetensors", work.pipe)
-    return Report({"edit": repr(made), "weights": len(made.changes), "file": "lora.safetensors"})
+    error = made.to_lora(work.folder / "lora.safetensors", work.pipe, rank)
+    told = {"edit": repr(made), "weights": len(made.changes), "file": "lora.safetensors"}
+    return Report(told | {"left out of the change": error})
 
 
 def _fitting(method: str, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -127,15 +127,17 @@ class Edit:
             raise
         edit.revert(pipe)
 
-    def to_lora(self, path: str | Path, pipe: Any) -> None:
-        """Write the edit as a LoRA file that `pipe.load_lora_weights(path)` reads.
+    def to_lora(self, path: str | Path, pipe: Any, rank: int | None = None) -> float:
+        """Write the edit as a LoRA file, which diffusers and other programs read.
 
         pipe: the pipeline the edit was made for, edited or not; a LoRA holds W D, an edit only D.
+        rank: at most so many rows for each weight; None keeps the whole change, which a knock-out
+        has no room for. Returns the share of the change that the file leaves out, 0 for none.
         Errors as `lora.save_lora`, which says what is in the file.
 
             edit.to_lora("no_van_gogh.safetensors", pipe)
         """
-        save_lora(self, path, pipe)
+        return save_lora(self, path, pipe, rank)
 
     def apply(self, pipe: Any) -> None:
         """Edit the weights of `pipe` in place, keeping what `revert` needs.

@@ -9,7 +9,7 @@ To add a family: one file with a subclass of `Model`, and one line in `families/
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -221,6 +221,18 @@ class Model(ABC):
         layers = {layer.name: layer for layer in self.text_layers}
         text = attention in layers and projection in self.kv(layers[attention])
         return "prompt" if text else "step"
+
+    def lora_key(self, weight: str) -> str | None:
+        """The name of a weight in a LoRA file of kohya's convention, which other programs read, or
+        None where that convention has none.
+
+        weight: its name from the pipeline down. Without the ending (".lora_down.weight", ...).
+        """
+        return None
+
+    def lora_also(self, weights: Collection[str]) -> set[str]:
+        """Other weights without which some program overlooks one of these in such a file."""
+        return set()
 
     def unprompted(self, empty: TextStates) -> TextStates:
         """What the pipeline pushes away from if it is given no negative prompt at all.

@@ -5,7 +5,7 @@ published models, and every layer reads the same text states.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,8 @@ class StableDiffusion(LatentModel):
     """`diffusers.StableDiffusionPipeline` and its subclasses."""
 
     name = "stable-diffusion"
+    #: Component -> how the names of its weights begin in a LoRA file of kohya's convention.
+    lora_prefixes: Mapping[str, str] = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
     @classmethod
     def owns(cls, pipe: Any) -> bool:
@@ -53,6 +55,20 @@ class StableDiffusion(LatentModel):
     @property
     def text_encoders(self) -> dict[str, nn.ModuleList]:
         return dict([clip_layers(self.pipe, "text_encoder")])
+
+    def lora_key(self, weight: str) -> str | None:
+        component, _, path = weight.removesuffix(".weight").partition(".")
+        prefix = self.lora_prefixes.get(component)
+        # the name of CLIP's layers is that of transformers before 5, which flattened them
+        flat = component != self.component and path.startswith(("encoder.", "embeddings."))
+        path = f"text_model.{path}" if flat else path
+        return prefix and f"{prefix}_{path.replace('.', '_')}"
+
+    def lora_also(self, weights: Collection[str]) -> set[str]:
+        """A1111 takes the four matrices of an attention of OpenCLIP together or not at all."""
+        layers = {weight.rpartition(".self_attn.")[0] for weight in weights} - {""}
+        four = {f"{x}.self_attn.{each}_proj.weight" for x in layers for each in "q k v out".split()}
+        return four.difference(weights)
 
     def _inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return {"prompt_embeds": texts.embeds, "negative_prompt_embeds": negative.embeds}

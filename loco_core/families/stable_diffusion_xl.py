@@ -8,7 +8,7 @@ The pooled text reaches every residual block through the time embedding: no rout
 and no edit of their keys and values touches it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "stable-diffusion-xl"
     pooled = True
+    lora_prefixes = {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }
 
     @classmethod
     def owns(cls, pipe: Any) -> bool:
@@ -50,6 +55,16 @@ class StableDiffusionXL(StableDiffusion):
         assert empty.pooled is not None  # `encode` of this family always gives it
         zeros = torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled)
         return TextStates(zeros[0], empty.tokens, pooled=zeros[1])
+
+    def lora_key(self, weight: str) -> str | None:
+        """None for what adds the pooled text to the time step: diffusers knows no such name."""
+        return None if ".add_embedding." in weight else super().lora_key(weight)
+
+    def lora_also(self, weights: Collection[str]) -> set[str]:
+        """And sd-scripts tells by a name outside the middle block that the names are diffusers'."""
+        inside = [weight.split(".")[1] for weight in weights if weight.startswith("unet.")]
+        first = {f"unet.{self.text_layers[0].name}.to_k.weight"}
+        return super().lora_also(weights) | (first if set(inside) == {"mid_block"} else set())
 
     def _inputs(self, texts: TextStates, negative: TextStates) -> dict[str, Any]:
         return super()._inputs(texts, negative) | {
