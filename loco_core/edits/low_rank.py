@@ -13,13 +13,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-__all__ = ["LowRankMap", "check_maps"]
+__all__ = ["LowRankMap"]
 
 BLOCK = 256  # rows of a weight edited at a time: they stay in the cache
 LAST_BIT = torch.eye(32) * (1 + 2**-23)
@@ -209,13 +208,3 @@ def _multiplies_in_float32() -> bool:
     """Whether a float32 product on this CPU keeps the last bit: under autocast it does not, nor
     after `torch.set_float32_matmul_precision("medium")`."""
     return (LAST_BIT @ LAST_BIT)[0, 0].item() == 1 + 2**-22
-
-
-def check_maps(edit: Any, reason: str) -> None:
-    """Raise ValueError, which ends in `reason`, if the edit is more than a closed-form one."""
-    sparse = [n for n, change in edit.changes.items() if not isinstance(change, LowRankMap)]
-    if sparse:
-        raise ValueError(
-            f"{edit!r} knocks out single entries of {len(sparse)} weights, such as {sparse[0]}, "
-            f"and {reason}"
-        )
