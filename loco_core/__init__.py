@@ -25,7 +25,7 @@ _HOME = {
     "Localization": "localization.localization",
     "Neurons": "inside.neurons",
     "TextLayer": "families",
-    "attribute": "inside.cad",
+    "attribute": "inside.attribution",
     "clip_score": "judging.clip_score",
     "compose": "edits.compose",
     "diagnose": "closed_form.diagnostics",

@@ -30,7 +30,7 @@ from .families import TextLayer as TextLayer
 from .families import family_of as family_of
 from .families import text_layers as text_layers
 from .inside.attribution import Attribution as Attribution
-from .inside.cad import attribute as attribute
+from .inside.attribution import attribute as attribute
 from .inside.neuron_ranking import rank_neurons as rank_neurons
 from .inside.neurons import Neurons as Neurons
 from .judging.clip_score import clip_score as clip_score

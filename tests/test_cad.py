@@ -10,8 +10,9 @@ from conftest import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, state
 
 import loco_core as loco
 from loco_core.edits.weights import module_of
-from loco_core.inside import objectives
-from loco_core.inside.cad import batches, erase_in_rounds, rows_of, scored
+from loco_core.families import family_of
+from loco_core.inside import erase_in_rounds, objectives
+from loco_core.inside.cad import batches, rows_of, scored
 from loco_core.inside.fidelity import fidelity
 from loco_core.statistics import pearson
 
@@ -287,21 +288,28 @@ def test_no_weight_of_the_wrong_sign_is_taken(shared):
 
 @pytest.mark.parametrize("by", ["random", "weight", "gradient"])
 def test_controls_take_as_many_by_another_order(shared, by):
-    _, parts = shared
-    edit, control = (parts.erase(0.02, by=b, quota="matrix") for b in ("attribution", by))
+    pipe, parts = shared
+    W = {name: module_of(pipe, name).weight.detach() for name in parts.alpha}
+    ways = [parts.erase(0.02, by=b, quota="matrix", pipe=pipe) for b in ("attribution", by)]
+    edit, control = ways
     for name, change in control.changes.items():
         assert len(change) == len(edit.changes[name])
         ranked = {
             "random": lambda n: None,
-            "weight": lambda n: parts.weights[n].abs(),
-            "gradient": lambda n: (parts.alpha[n] / parts.weights[n]).abs(),
+            "weight": lambda n: W[n].abs(),
+            "gradient": lambda n: (parts.alpha[n] / W[n]).abs(),
         }[by](name)
         if ranked is not None:
             least = ranked.flatten().sort(descending=True).values[len(change) - 1].item()
             assert ranked.take(change.indices).min().item() == pytest.approx(least)
-    assert control == parts.erase(0.02, by=by, quota="matrix")
+    assert control == parts.erase(0.02, by=by, quota="matrix", pipe=pipe)
     if by == "random":
         assert control != parts.erase(0.02, by=by, quota="matrix", seed=1)
+    else:
+        with pytest.raises(ValueError, match="pass pipe=pipe"):
+            parts.erase(by=by)
+        with pytest.raises(ValueError, match="is of other weights"):
+            parts.erase(by=by, pipe=doubled(build_tiny_sd(seed=3)))
 
 
 def test_every_round_is_attributed_with_the_weights_of_those_before_at_zero(pipe):
@@ -358,6 +366,58 @@ def test_the_table_sums_up_every_weight_in_the_order_of_the_text_layers(shared):
         scores = parts.alpha[name]
         assert row["positive"] == pytest.approx(scores[scores > 0].sum().item())
         assert row["net"] == pytest.approx(scores.sum().item(), abs=1e-12)
+
+
+# -- what is not finite, and what is not there
+
+
+def test_a_loss_that_is_not_finite_is_refused(pipe):
+    images = torch.rand(1, 3, 16, 16)
+    pipe.vae.encoder.conv_in.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="is not finite in torch.float64: load"):
+        loco.attribute(pipe, STAR, steps=2, objective="amplify", images=images)
+
+
+def test_an_alpha_that_is_not_finite_is_refused_by_the_name_of_its_weight(pipe):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
+    handle = module_of(pipe, name).weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(ValueError, match=f"alpha of 1 weights, such as {name}, is not finite"):
+        loco.attribute(pipe, STAR, steps=2)
+    handle.remove()
+
+
+def test_a_vae_that_overflows_in_half_precision_encodes_in_single():
+    """As the published SD-XL's does, whose config says force_upcast."""
+    pipe, images = build_tiny_sdxl(), torch.rand(2, 3, 16, 16)
+    wanted = family_of(pipe).encoded(images)
+    pipe.vae.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    seen = []
+    handle = pipe.vae.encoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    found = family_of(pipe).encoded(images)
+    handle.remove()
+    assert seen == [torch.float32] and pipe.vae.dtype == found.dtype == torch.float16
+    assert (found.float() - wanted).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_what_an_empty_prompt_is_does_not_depend_on_the_batch(force):
+    """SD-XL pushes away from zeros where there is no prompt: also beside a row with a twin."""
+    pipe = build_tiny_sdxl(zeros=force)
+    rows = [objectives.Row("a red star", other, seed, 1.0) for seed, other in enumerate(["", "a"])]
+    asked = dict(objective="erase", measure="epsilon", steps=2, guidance=3.0)
+    at_once = objectives.recorded(pipe, rows, **asked)
+    alone = [objectives.recorded(pipe, [row], **asked) for row in rows]
+    for i, step in enumerate(at_once):
+        for j in (0, 1):
+            assert torch.allclose(step.target[j], alone[j][i].target[0], atol=1e-5)
+
+
+def test_gradients_that_a_user_had_are_there_again(pipe):
+    weight = module_of(pipe, "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight")
+    kept = weight.weight.grad = torch.ones_like(weight.weight)
+    loco.attribute(pipe, STAR, steps=2)
+    assert weight.weight.grad is kept and bool((kept == 1).all())
 
 
 # -- fidelity

@@ -119,13 +119,21 @@ class LatentModel(Model):
         """Latents of images in [0, 1], as the denoiser knows them. Raises ValueError for images
         that are not of the pipeline's own size."""
         vae, wanted = self.pipe.vae, self._latent_shape()
-        found = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist.mode()
+        dtype = vae.dtype
+        overflows = dtype == torch.float16 and vae.config.get("force_upcast")  # SD-XL's own does
+        try:
+            if overflows:
+                vae.to(torch.float32)
+            found = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist.mode()
+        finally:
+            if overflows:
+                vae.to(dtype)
         if tuple(found.shape[1:]) != wanted:
             raise ValueError(
                 f"images of {list(images.shape[-2:])} pixels have latents {list(found.shape[1:])}, "
                 f"but this pipeline works on {list(wanted)}: resize them"
             )
-        return (found - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        return ((found - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).to(dtype)
 
     def _sample(
         self,

@@ -7,14 +7,12 @@ Zeroing the most positive erases the concept, zeroing the most negative amplifie
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import records
@@ -22,11 +20,101 @@ from ..concepts import Concept
 from ..edits.edit import Edit, joint
 from ..edits.knockout import Knockout
 from ..edits.weights import fingerprint
+from ..families import family_of
+from ..families.checks import whole_number
+from ..painting.fit import checked_batch_size
+from ..painting.picture import Sampling, checked_seeds
+from . import cad, objectives
+from .orders import chance, signed, sizes, slopes
+from .ranking import QUOTAS, Ranking
 
-__all__ = ["Attribution"]
+__all__ = ["Attribution", "attribute"]
 
 BY = ("attribution", "random", "weight", "gradient")
-QUOTAS = ("row", "matrix", "all")
+
+
+def attribute(
+    pipe: Any,
+    concept: Concept,
+    *,
+    where: str | Sequence[str] = "ff",
+    layers: Iterable[int] | None = None,
+    objective: str = "erase",
+    against: str = "empty",
+    preserve: Sequence[str] = (),
+    measure: str = "epsilon",
+    images: Tensor | None = None,
+    seeds: Iterable[int] = (0,),
+    steps: int = 25,
+    guidance: float = 3.0,
+    batch_size: int = 4,
+) -> Attribution:
+    """Score weights of the denoiser by what they do for `concept`: alpha = w dJ/dw (see `cad`).
+
+    where: "ff" (the matrices of the feed-forward layers, as in the paper), "attention",
+    "cross-attention", "conv", or names of weights. layers: only in the transformer blocks of these
+    text layers, such as those that `localize` found and the next ones.
+    objective: "erase", how far the prompt moves the prediction along trajectories of the concept's
+    prompts and `seeds`; or "amplify", how well the model restores noised `images`,
+    [prompt, 3, H, W] in [0, 1], which show what the concept's prompts say. For a concept that the
+    model rarely makes they must come from elsewhere; without any, the model's own pictures are
+    taken. against: what the prompt is compared with, the "empty" prompt, as in the paper, or its
+    "neutral" twin. preserve: prompts whose own J is subtracted, so that what serves them too is
+    spared (for "erase"; against "neutral", each is compared with the twin of the prompt in its
+    place). measure: "epsilon", as in the paper, "v_prediction" or "sample", see `objectives`.
+    seeds: of the noise. guidance: of the trajectories, > 1.
+    batch_size: rows (a prompt and a seed) of one backward pass.
+
+    Cost per batch of rows: `steps` guided calls of the denoiser and `steps` of the conditional
+    rows, with a backward pass each. Peak memory beside the model: the activations of one such pass,
+    the gradient of one matrix, and the float32 sums of all; of a trajectory only its T states are
+    kept. What is returned, alpha, lies on the CPU. `pipe` is left
+    as it was: weights, gradients and every `requires_grad`, also on an exception.
+    Raises ValueError for a selection that matches nothing, what `generate` refuses, images that do
+    not fit, guidance or a scheduler that the objective is not made for, and attributions that are
+    not finite.
+
+        parts = loco.attribute(pipe, loco.shapeland.concept("object", "star"))
+        with parts.erase(ratio=1e-3).applied(pipe): ...
+    """
+    for label, choice, choices in (
+        ("objective", objective, objectives.OBJECTIVES),
+        ("against", against, cad.AGAINST),
+        ("measure", measure, objectives.MEASURES),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{label}={choice!r}: choose from {', '.join(choices)}")
+    seeds = checked_seeds(seeds)
+    sampling = Sampling(steps, guidance).checked(family_of(pipe))
+    steps = sampling.steps
+    batch_size = checked_batch_size(family_of(pipe), batch_size, sampling).rows
+    layers = None if layers is None else sorted(set(layers))
+    weights = cad.scored(pipe, where, layers)
+    settings = {
+        "objective": objective,
+        "against": against,
+        "measure": measure,
+        "preserve": list(preserve),
+        "family": family_of(pipe).name,
+        "where": where if isinstance(where, str) else list(where),
+        "text_layers": layers,
+        "seeds": seeds,
+        "steps": steps,
+        "guidance": float(guidance),
+        "images": images is not None,
+        "dtype": str(next(iter(weights.values())).dtype),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+    cad.check_images(concept, images, objective, preserve)
+    J, alpha = cad.alphas(pipe, concept, settings, images, batch_size)
+    return Attribution(
+        concept=concept,
+        alpha=alpha,
+        marks={name: fingerprint(weight) for name, weight in weights.items()},
+        J=J,
+        layer_names=tuple(layer.name for layer in family_of(pipe).text_layers),
+        provenance=records.provenance(pipe, **settings),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +122,14 @@ class Attribution:
     """What every scored weight does for a concept. Everything lives on the CPU.
 
     alpha: weight name -> w dJ/dw, at least float32, in the shape of the weight: positive where it
-    serves the concept, negative where it holds it back. weights: the weights themselves. J: the
-    objective, of the model as it is. layer_names: of the text layers, in order.
+    serves the concept, negative where it holds it back. marks: weight name -> fingerprint of the
+    weight that was scored. J: the objective, of the model as it is. layer_names: of the text
+    layers, in order.
     """
 
     concept: Concept
     alpha: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
+    marks: Mapping[str, str]
     J: float
     layer_names: tuple[str, ...]
     provenance: records.Provenance
@@ -59,29 +148,52 @@ class Attribution:
         )
 
     def erase(
-        self, ratio: float = 1e-3, *, by: str = "attribution", quota: str = "row", seed: int = 0
+        self,
+        ratio: float = 1e-3,
+        *,
+        by: str = "attribution",
+        quota: str = "row",
+        seed: int = 0,
+        rounds: int = 1,
+        pipe: Any = None,
     ) -> Edit:
         """Zero the most positive weights: an Edit that takes the concept away.
 
         ratio: share of the weights to zero, in (0, 1], rounded up within the quota: "row" takes the
         same number from every row of a matrix (an output channel of a convolution) and at least
         one, "matrix" the same share of every matrix, "all" the best of all. Only weights with
-        alpha > 0 are taken.
-        by: controls take as many by chance ("random", with `seed`), by |w| ("weight") or by
-        |dJ/dw| ("gradient"). Raises ValueError for anything else.
+        alpha > 0 are taken; ties by index.
+        by: controls take exactly as many by chance ("random", with `seed`), by |w| ("weight") or by
+        |dJ/dw| ("gradient"); the last two ask `pipe` for the weights.
+        rounds: knock out `ratio`, attribute again with that at zero, and so on; all that fell in
+        any round are zeroed. Attributions are first-order effects: what remains does more than it
+        says, so several small steps erase what a large one does not. Each round after the first
+        costs what `attribute` did on `pipe`, which is left bit for bit as it was.
+        Raises ValueError for anything else, and for a pipeline with other weights.
 
             with parts.erase(ratio=1e-3).applied(pipe): ...
+            gone = parts.erase(0.03, quota="matrix", rounds=2, pipe=pipe)
         """
-        return self._zeroed("erase", 1.0, ratio, by, quota, seed)
+        count = whole_number(rounds, 1, 1000)
+        if count is None:
+            raise ValueError(f"rounds={rounds!r}: choose a whole number, at least 1")
+        first = self._zeroed("erase", 1.0, ratio, by, quota, seed, pipe)
+        return first if count == 1 else self._again(first, ratio, by, quota, count, pipe)
 
     def amplify(
-        self, ratio: float = 1e-3, *, by: str = "attribution", quota: str = "row", seed: int = 0
+        self,
+        ratio: float = 1e-3,
+        *,
+        by: str = "attribution",
+        quota: str = "row",
+        seed: int = 0,
+        pipe: Any = None,
     ) -> Edit:
         """Zero the most negative weights: an Edit that lets the concept through.
 
         Best after attribute(..., objective="amplify", images=...). Parameters as `erase`.
         """
-        return self._zeroed("amplify", -1.0, ratio, by, quota, seed)
+        return self._zeroed("amplify", -1.0, ratio, by, quota, seed, pipe)
 
     def to_frame(self) -> Any:
         """A pandas table, a row per weight: the text layer that it follows in its transformer block
@@ -101,7 +213,7 @@ class Attribution:
     def save(self, folder: str | Path) -> None:
         """Write `attribution.safetensors`, whole or not at all.
 
-        Two numbers an entry: `Edit.save` of what `erase` makes is a thousandth of it.
+        A number an entry: `Edit.save` of what `erase` makes is a thousandth of it.
         """
         records.save(self, folder, "attribution")
 
@@ -111,7 +223,7 @@ class Attribution:
         return records.load(cls, folder, "attribution", older=_of_two_files)
 
     def _zeroed(
-        self, method: str, sign: float, ratio: float, by: str, quota: str, seed: int
+        self, method: str, sign: float, ratio: float, by: str, quota: str, seed: int, pipe: Any
     ) -> Edit:
         for label, choice, choices in (("by", by, BY), ("quota", quota, QUOTAS)):
             if choice not in choices:
@@ -121,40 +233,49 @@ class Attribution:
                 f"ratio {ratio!r} is not in (0, 1]: it is a share of the weights; the paper's "
                 "is 0.001"
             )
-        found = _top(self._ranked(sign, by, seed), ratio, quota)
+        orders = {
+            "attribution": lambda: signed(self.alpha, sign),
+            "random": lambda: chance(self.alpha, seed),
+            "weight": lambda: sizes(self, pipe),
+            "gradient": lambda: slopes(self, pipe),
+        }
+        counts = Ranking(orders["attribution"], quota).counts(ratio)
+        found = Ranking(orders[by], quota).top(counts)
         if not found:
             raise ValueError(f"no weight has the sign that {method} zeroes: every alpha is 0")
         shapes = {name: tuple(scores.shape) for name, scores in self.alpha.items()}
-        changes = {name: Knockout(shapes[name], indices) for name, indices in found.items()}
-        settings = self.provenance.settings | {
-            "method": f"cad {method}",
-            "concepts": [asdict(self.concept)],
-            "ratio": float(ratio),
-            "by": by,
-            "quota": quota,
-        }
-        if by == "random":
-            settings |= {"seed": seed}
-        originals = {name: self._marks[name] for name in changes}
-        made = dataclasses.replace(self.provenance, fingerprint=joint(originals), settings=settings)
+        settings = {"method": f"cad {method}", "ratio": float(ratio), "by": by, "quota": quota}
+        settings |= {"seed": seed} if by == "random" else {}
+        return self._edit({n: Knockout(shapes[n], at) for n, at in found.items()}, settings)
+
+    def _edit(self, changes: Mapping[str, Any], settings: Mapping[str, Any]) -> Edit:
+        told = self.provenance.settings | {"concepts": [asdict(self.concept)], **settings}
+        originals = {name: self.marks[name] for name in changes}
+        made = dataclasses.replace(self.provenance, fingerprint=joint(originals), settings=told)
         return Edit(changes, originals, made)
 
-    @cached_property
-    def _marks(self) -> dict[str, str]:
-        return {name: fingerprint(weight) for name, weight in self.weights.items()}
-
-    def _ranked(self, sign: float, by: str, seed: int) -> dict[str, Tensor]:
-        """Weight name -> what its entries are ranked by; -inf: never taken."""
-        if by == "attribution":
-            signed = {name: sign * scores for name, scores in self.alpha.items()}
-            return {name: torch.where(x > 0, x, -math.inf) for name, x in signed.items()}
-        if by == "random":
-            generator = torch.Generator().manual_seed(seed)
-            return {n: torch.rand(x.shape, generator=generator) for n, x in self.alpha.items()}
-        sizes = {name: weight.float().abs() for name, weight in self.weights.items()}
-        if by == "weight":
-            return sizes
-        return {n: torch.nan_to_num(x.abs() / sizes[n], nan=0) for n, x in self.alpha.items()}
+    def _again(
+        self, first: Edit, ratio: float, by: str, quota: str, rounds: int, pipe: Any
+    ) -> Edit:
+        """The edit of `first` and of the rounds after it."""
+        made = self.provenance.settings
+        if pipe is None or by != "attribution" or made["images"]:
+            raise ValueError(
+                f"rounds={rounds} attributes again: pass pipe=pipe, leave by= out, and use parts "
+                "of objective='erase'"
+            )
+        asked = {k: made[k] for k in ("objective", "against", "measure", "preserve", "where",
+                                      "seeds", "steps", "guidance")}  # fmt: skip
+        knocked: dict[str, Any] = dict(first.changes)  # Knockouts
+        with ExitStack() as stack:
+            stack.enter_context(first.applied(pipe))
+            for _ in range(rounds - 1):
+                parts = attribute(pipe, self.concept, layers=made["text_layers"], **asked)
+                edit = parts.erase(ratio, quota=quota)
+                stack.enter_context(edit.applied(pipe))
+                for name, change in edit.changes.items():
+                    knocked[name] = knocked[name].then(change) if name in knocked else change
+        return self._edit(knocked, {**first.provenance.settings, "rounds": rounds})
 
     def _layer(self, name: str) -> int:
         """The text layer in the transformer block of a weight, or -1."""
@@ -168,27 +289,8 @@ def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Attribu
     return Attribution(
         concept=Concept(**header["concept"]),
         alpha={name: tensors[f"alpha.{name}"] for name in header["names"]},
-        weights={name: tensors[f"weight.{name}"] for name in header["names"]},
+        marks={name: fingerprint(tensors[f"weight.{name}"]) for name in header["names"]},
         J=header["J"],
         layer_names=tuple(header["layer_names"]),
         provenance=records.Provenance(**header["provenance"]),
     )
-
-
-def _top(ranked: Mapping[str, Tensor], ratio: float, quota: str) -> dict[str, Tensor]:
-    """Weight name -> sorted flat indices of the best, by quota; names without any are left out."""
-    if quota == "all":
-        flat = torch.cat([x.flatten() for x in ranked.values()])
-        (best,) = _top({"all": flat}, ratio, "matrix").values() or [flat.new_empty(0)]
-        least = flat[best].min() if len(best) else math.inf
-        found = {name: (x >= least).flatten().nonzero()[:, 0] for name, x in ranked.items()}
-    else:
-        found = {}
-        for name, x in ranked.items():
-            rows = x.flatten(1) if quota == "row" and x.ndim > 1 else x.flatten()[None]
-            width = rows.shape[1]
-            # rounded up: rounded down, a quota of 0.001 takes nothing from a row of 640
-            values, columns = rows.topk(math.ceil(ratio * width - 1e-9), dim=1)
-            starts = width * torch.arange(len(rows))[:, None]
-            found[name] = (columns + starts)[values > -math.inf].sort().values
-    return {name: indices for name, indices in found.items() if len(indices)}

@@ -12,28 +12,23 @@ order only; `fidelity` measures how far that is true.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import records
 from .._progress import bar
 from ..concepts import Concept
-from ..edits.edit import Edit, make_edit
 from ..edits.weights import editable
 from ..families import family_of
 from ..families.checks import PLAIN
 from ..families.running import plain
 from ..families.sites import kind_around
-from ..painting.fit import checked_batch_size
-from ..painting.picture import Sampling, checked_seeds
 from . import objectives
-from .attribution import Attribution
 
-__all__ = ["attribute", "erase_in_rounds"]
+__all__ = ["AGAINST", "WHERE", "alphas", "batches", "check_images", "rows_of", "scored"]
 
 AGAINST = ("empty", "neutral")
 #: Sets of weights of a denoiser: the modules that hold them, and the kinds of sites those lie in.
@@ -45,126 +40,36 @@ WHERE: dict[str, tuple[Any, tuple[str, ...] | None]] = {
 }
 
 
-def attribute(
+def alphas(
     pipe: Any,
     concept: Concept,
-    *,
-    where: str | Sequence[str] = "ff",
-    layers: Iterable[int] | None = None,
-    objective: str = "erase",
-    against: str = "empty",
-    preserve: Sequence[str] = (),
-    measure: str = "epsilon",
-    images: Tensor | None = None,
-    seeds: Iterable[int] = (0,),
-    steps: int = 25,
-    guidance: float = 3.0,
-    batch_size: int = 4,
-) -> Attribution:
-    """Score weights of the denoiser by what they do for `concept`: equation (1) above.
+    settings: Mapping[str, Any],
+    images: Tensor | None,
+    batch_size: int,
+) -> tuple[float, dict[str, Tensor]]:
+    """(J, weight name -> w dJ/dw on the CPU) of the weights and the objective that `settings` name.
 
-    where: "ff" (the matrices of the feed-forward layers, as in the paper), "attention",
-    "cross-attention", "conv", or names of weights. layers: only in the transformer blocks of these
-    text layers, such as those that `localize` found and the next ones.
-    objective: "erase", how far the prompt moves the prediction along trajectories of the concept's
-    prompts and `seeds`; or "amplify", how well the model restores noised `images`,
-    [prompt, 3, H, W] in [0, 1], which show what the concept's prompts say. For a concept that the
-    model rarely makes they must come from elsewhere; without any, the model's own pictures are
-    taken. against: what the prompt is compared with, the "empty" prompt, as in the paper, or its
-    "neutral" twin. preserve: prompts whose own J is subtracted, so that what serves them too is
-    spared (for "erase"; against "neutral", each is compared with the twin of the prompt in its
-    place). measure: "epsilon", as in the paper, "v_prediction" or "sample", see `objectives`.
-    seeds: of the noise. guidance: of the trajectories, > 1.
-    batch_size: rows (a prompt and a seed) of one backward pass.
-
-    Cost per batch of rows: `steps` guided calls of the denoiser and `steps` of the conditional
-    rows, with a backward pass each. Peak memory beside the model: the activations of one such pass,
-    one gradient of the scored weights, and their float32 sum; of a trajectory only its T states are
-    kept. What is returned, alpha and a copy of the scored weights, lies on the CPU. `pipe` is left
-    as it was: weights, gradients and every `requires_grad`, also on an exception.
-    Raises ValueError for a selection that matches nothing, what `generate` refuses, images that do
-    not fit, and guidance or a scheduler that the objective is not made for.
-
-        parts = loco.attribute(pipe, loco.shapeland.concept("object", "star"))
-        with parts.erase(ratio=1e-3).applied(pipe): ...
+    Raises ValueError if J is not finite, or an alpha, by the name of its weight.
     """
-    for label, choice, choices in (
-        ("objective", objective, objectives.OBJECTIVES),
-        ("against", against, AGAINST),
-        ("measure", measure, objectives.MEASURES),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{label}={choice!r}: choose from {', '.join(choices)}")
-    seeds = checked_seeds(seeds)
-    sampling = Sampling(steps, guidance).checked(family_of(pipe))
-    steps = sampling.steps
-    batch_size = checked_batch_size(family_of(pipe), batch_size, sampling).rows
-    layers = None if layers is None else sorted(set(layers))
-    weights = scored(pipe, where, layers)
-    settings = {
-        "objective": objective,
-        "against": against,
-        "measure": measure,
-        "preserve": list(preserve),
-        "family": family_of(pipe).name,
-        "where": where if isinstance(where, str) else list(where),
-        "text_layers": layers,
-        "seeds": seeds,
-        "steps": steps,
-        "guidance": float(guidance),
-        "images": images is not None,
-        "dtype": str(next(iter(weights.values())).dtype),
-        "scheduler": type(pipe.scheduler).__name__,
-    }
-    denoiser = plain(family_of(pipe).denoiser)
-    rows = rows_of(concept, settings)
-    _check_images(concept, images, objective, preserve)
-    calls = 2 * steps * -(-len(rows) // batch_size)
+    weights = scored(pipe, settings["where"], settings["text_layers"])
+    denoiser, rows = plain(family_of(pipe).denoiser), rows_of(concept, settings)
+    calls = 2 * settings["steps"] * -(-len(rows) // batch_size)
     with torch.inference_mode(False), bar(calls, "attributing", "call") as progress:
         made = batches(pipe, rows, settings, images, batch_size, progress.update)
-        each = (step for part in made for step in part)
-        J, sums = objectives.gradients(denoiser, each, weights, progress.update)
-    held = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    return Attribution(
-        concept=concept,
-        alpha={n: g.mul_(weights[n].detach().to(g.dtype)).cpu() for n, g in sums.items()},
-        weights=held,
-        J=J,
-        layer_names=tuple(layer.name for layer in family_of(pipe).text_layers),
-        provenance=records.provenance(pipe, **settings),
-    )
-
-
-def erase_in_rounds(
-    pipe: Any,
-    concept: Concept,
-    ratio: float = 0.03,
-    rounds: int = 2,
-    *,
-    quota: str = "matrix",
-    **settings: Any,
-) -> Edit:
-    """Zero a few weights, attribute anew with these at zero, zero more: one Edit of all rounds.
-
-    Equation (1) holds near the weights as they are. Far from them the next best weights are others
-    than it says, so several small steps erase what a large one does not.
-    ratio: share of the weights in each round. rounds: at least 1; with one it is
-    `attribute(...).erase(ratio)`. quota: as in `Attribution.erase`. settings: of `attribute`, whose
-    cost is paid in every round. `pipe` is left bit for bit as it was. Errors as theirs.
-
-        gone = erase_in_rounds(pipe, concept, layers=[6, 7], against="neutral", steps=10)
-        with gone.applied(pipe): ...
-    """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: choose a whole number, at least 1")
-    knocked: dict[str, Any] = {}  # Knockouts
-    with ExitStack() as stack:
-        for _ in range(rounds):
-            edit = attribute(pipe, concept, **settings).erase(ratio, quota=quota)
-            stack.enter_context(edit.applied(pipe))
-            for name, change in edit.changes.items():
-                knocked[name] = knocked[name].then(change) if name in knocked else change
-    return make_edit(pipe, knocked, **edit.provenance.settings, rounds=rounds)
+        steps = (step for part in made for step in part)
+        J, sums = objectives.gradients(denoiser, steps, weights, progress.update)
+    found = {}
+    for name in list(sums):
+        grad = sums.pop(name)
+        found[name] = grad.mul_(weights[name].detach().to(grad)).cpu()
+    wrong = [name for name, alpha in found.items() if not alpha.isfinite().all()]
+    if not math.isfinite(J) or wrong:
+        what = f"alpha of {len(wrong)} weights, such as {wrong[0]}," if wrong else f"J = {J}"
+        raise ValueError(
+            f"{what} is not finite in {settings['dtype']}: load the pipeline, or the part of it "
+            "that overflows, in bfloat16 or float32"
+        )
+    return J, found
 
 
 def scored(
@@ -228,9 +133,10 @@ def batches(
         yield objectives.recorded(pipe, rows[part], **asked, images=shown, tick=tick)
 
 
-def _check_images(
+def check_images(
     concept: Concept, images: Tensor | None, objective: str, preserve: Sequence[str]
 ) -> None:
+    """Raise ValueError unless `images` fit the concept, and they and `preserve` the objective."""
     if isinstance(preserve, str):
         raise ValueError(f"preserve must be a list of prompts: pass [{preserve!r}]")
     if objective == "amplify" and preserve:

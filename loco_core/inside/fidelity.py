@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._progress import bar
-from ..edits.weights import editable, fingerprint
+from ..edits.weights import editable, is_of
 from ..families import family_of
 from ..families.running import plain
 from ..statistics import pearson
@@ -70,7 +70,7 @@ def fidelity(
         raise ValueError(f"{parts!r} was made with images={settings['images']}: pass the same ones")
     weights = {name: editable(pipe, name).weight for name in parts.alpha}
     for name, weight in weights.items():
-        if fingerprint(weight) != fingerprint(parts.weights[name]):
+        if not is_of(weight, parts.marks[name]):
             raise ValueError(f"{parts!r} is of other weights than those of this pipeline ({name})")
     denoiser = plain(family_of(pipe).denoiser)
     rows, generator = rows_of(parts.concept, settings), torch.Generator().manual_seed(seed)
@@ -86,12 +86,12 @@ def fidelity(
                     drawn = max(1, round(share * weight.numel()))
                     chosen = torch.randint(weight.numel(), (drawn,), generator=generator).unique()
                     predicted[k] -= parts.alpha[name].take(chosen).double().sum()
-                    chosen = chosen.to(weight.device)
-                    kept[name] = chosen, weight.take(chosen)
-                    weight.put_(chosen, torch.zeros_like(kept[name][1]))
+                    kept[name] = chosen, weight.take(chosen.to(weight.device))
+                    weight.put_(chosen.to(weight.device), torch.zeros_like(kept[name][1]))
                 true[k] = objectives.value(denoiser, steps) - before
             finally:
                 for name, (chosen, values) in kept.items():
-                    weights[name].put_(chosen, values)
+                    to = weights[name].device  # a network that comes and goes is elsewhere by now
+                    weights[name].put_(chosen.to(to), values.to(to))
             progress.update()
     return Fidelity(predicted, true, float(share), *pearson(predicted, true))

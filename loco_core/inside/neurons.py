@@ -32,6 +32,7 @@ from ..families import family_of
 from ..interventions.active import closed, opened, says_tensor
 from ..interventions.patching import rewriting
 from ..painting.generate import generate
+from .ranking import Ranking
 
 __all__ = ["Neurons", "ablation_curve"]
 
@@ -174,10 +175,11 @@ class Neurons:
         """Weight name -> sorted rows among the `top` first neurons, if there are any."""
         if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= len(self):
             raise ValueError(f"top={top!r}: choose a whole number from 0 to {len(self)} neurons")
-        first = torch.zeros(len(self), dtype=torch.bool)
-        first[self.order[:top]] = True
-        chosen = [part.nonzero().flatten() for part in first.split(self.sizes)]
-        return {name: row for name, row in zip(self.weights, chosen, strict=True) if len(row)}
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(self))
+        scores = (-place).split(self.sizes)
+        ranking = Ranking(lambda: zip(self.weights, scores, strict=True))
+        return ranking.top({"": torch.tensor([top])})
 
     def _modules(self, pipe: Any) -> dict[str, Any]:
         """The projections in `pipe`; refuses a pipeline with other weights."""

@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import family_of
+from ..families import TextStates, family_of
 from ..families.running import plain
 from ..interventions.recording import recording
 
@@ -104,8 +104,11 @@ def recorded(
         )
     texts = model.encode([row.prompt for row in rows])
     held = model.encode([row.other for row in rows])
-    if not any(row.other for row in rows):
-        held = model.unprompted(held)
+    nothing = [i for i, row in enumerate(rows) if not row.other]
+    if nothing:  # each by itself: J may not depend on which rows are in one batch
+        none = model.unprompted(held[nothing])
+        parts = [none[[nothing.index(i)]] if i in nothing else held[[i]] for i in range(len(rows))]
+        held = TextStates.joined(parts)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
 
     def keep(args: tuple, kwargs: Mapping[str, Any], output: Any) -> tuple:
@@ -159,19 +162,30 @@ def gradients(
     Only `weights` hold gradients while it runs; `requires_grad` and `.grad` of every parameter stay
     as they were, also after an exception.
     """
-    total, chosen = 0.0, list(weights.values())
+    total, unit = 0.0, 1.0
     sums = {
         name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
         for name, w in weights.items()
     }
-    with _only(denoiser, chosen), torch.enable_grad():
+
+    def consumes(held: Tensor) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            grad: Any = weight.grad
+            weight.grad = None  # so that no two matrices have theirs at once
+            held.add_(grad.to(held), alpha=unit)
+
+        return hook
+
+    with _only(denoiser, weights.values()), torch.enable_grad(), ExitStack() as hooks:
+        for name, weight in weights.items():
+            handle = weight.register_post_accumulate_grad_hook(consumes(sums[name]))
+            hooks.callback(handle.remove)
         for step in steps:
             J = step.J(denoiser)
             # half precision would round the gradients of a small share of a mean to zero
             unit = step.price.abs().max().item() or 1.0
-            grads = torch.autograd.grad(J / unit, chosen, allow_unused=True, materialize_grads=True)
-            for held, grad in zip(sums.values(), grads, strict=True):
-                held.add_(grad.to(held.dtype), alpha=unit)
+            if J.requires_grad:
+                (J / unit).backward()
             total += J.item()
             tick()
     return total, sums
@@ -192,13 +206,15 @@ def _rows(value: Any, places: Tensor, guided: int) -> Any:
 @contextmanager
 def _only(module: nn.Module, chosen: Any) -> Iterator[None]:
     """Only the chosen parameters of a module hold gradients, for the length of a `with` block."""
-    before = {p: p.requires_grad for p in module.parameters()}
+    before = {p: (p.requires_grad, p.grad) for p in module.parameters()}
     try:
         for parameter in before:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for parameter in chosen:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, flag in before.items():
+        for parameter, (flag, grad) in before.items():
             parameter.requires_grad_(flag)
+            parameter.grad = grad

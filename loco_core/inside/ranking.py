@@ -1,0 +1,120 @@
+"""Units of a network in order of a score, and which of them come first.
+
+A unit is an entry of a weight (CAD) or a whole row of one, an output of its layer (neurons). Which
+come first is asked in three ways: of every row the same share, of every matrix, or of all together.
+Ties are broken by index, so that exactly as many are taken as were asked for, of ours and of the
+controls. Scores are made one matrix at a time, and never lie side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["QUOTAS", "Ranking"]
+
+QUOTAS = ("row", "matrix", "all")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores of units, and who comes first.
+
+    scores: makes (name of a weight, its scores) one by one, the same at every call: [row, unit] of
+    matrices, or of any other shape; -inf is never taken. quota: "row" compares the units of a row
+    with each other (the first axis), "matrix" those of a weight, "all" those of all weights.
+
+    >>> ranking = Ranking(lambda: [("a", torch.tensor([[3.0, 1.0], [2.0, 2.0]]))], "matrix")
+    >>> ranking.top(ranking.counts(0.5))
+    {'a': tensor([0, 2])}
+    """
+
+    scores: Callable[[], Iterable[tuple[str, Tensor]]]
+    quota: str = "all"
+
+    def counts(self, ratio: float) -> dict[str, Tensor]:
+        """How many units are first, by weight and group of the quota: [group] int64.
+
+        ratio: share of the units of a group, rounded up: rounded down, a quota of 0.001 takes
+        nothing from a row of 640. Less where fewer can be taken. "all" has one group, named "".
+        """
+        takeable = {name: _takeable(x, self.quota) for name, x in self.scores()}
+        sizes = {name: _groups(x, self.quota).shape[1] for name, x in self.scores()}
+        if self.quota == "all":
+            every, size = sum(n.sum() for n in takeable.values()), sum(sizes.values())
+            takeable, sizes = {"": torch.as_tensor(every).view(1)}, {"": size}
+        return {
+            name: found.clamp_max(math.ceil(ratio * sizes[name] - 1e-9))
+            for name, found in takeable.items()
+        }
+
+    def top(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weight name -> sorted flat indices of the first units; names without any are left out.
+
+        counts: see there; those of another ranking of the same weights take exactly as many.
+        """
+        if self.quota == "all":
+            counts = self._shares(int(counts[""]))
+        found = {}
+        for name, x in self.scores():
+            groups = _groups(x, self.quota)
+            found[name] = (
+                _first_of_rows(groups, counts[name])
+                if len(groups) > 1
+                else _first(groups[0], int(counts[name]))
+            )
+        return {name: indices for name, indices in found.items() if len(indices)}
+
+    def _shares(self, count: int) -> dict[str, Tensor]:
+        """How many of the `count` first of all weights lie in each: the earlier ones win ties."""
+        best = torch.empty(0)
+        for _, x in self.scores():
+            kept = x.flatten().topk(min(count, x.numel())).values
+            best = torch.cat([best.to(kept.dtype), kept])
+            best = best.topk(min(count, len(best))).values
+        least = best[-1] if len(best) else math.inf
+        above = {name: int((x > least).sum()) for name, x in self.scores()}
+        left = count - sum(above.values())
+        shares = {}
+        for name, x in self.scores():
+            level = min(left, int((x == least).sum()))
+            left -= level
+            shares[name] = torch.tensor([above[name] + level])
+        return shares
+
+
+def _groups(x: Tensor, quota: str) -> Tensor:
+    """[group, unit] of the scores of one weight."""
+    return x.flatten(1) if quota == "row" and x.ndim > 1 else x.flatten()[None]
+
+
+def _takeable(x: Tensor, quota: str) -> Tensor:
+    return (_groups(x, quota) > -math.inf).sum(1)
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    """Sorted indices of the `count` largest entries of a vector, the earlier ones of equal ones."""
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
+    least = x.topk(count).values[-1]
+    above, level = (x > least).nonzero()[:, 0], (x == least).nonzero()[:, 0]
+    return torch.cat([above, level[: count - len(above)]]).sort().values
+
+
+def _first_of_rows(x: Tensor, counts: Tensor, block: int = 1 << 22) -> Tensor:
+    """The same of every row of a matrix [row, unit], as flat indices; counts: [row]."""
+    height = max(1, block // x.shape[1])
+    found = []
+    for start in range(0, len(x), height):
+        rows, count = x[start : start + height], counts[start : start + height, None]
+        values = rows.topk(max(1, int(count.max())), dim=1).values
+        least = values.gather(1, (count - 1).clamp_min(0))
+        above, level = rows > least, rows == least
+        level &= level.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)
+        chosen = (above | level) & (count > 0)
+        found.append(chosen.flatten().nonzero()[:, 0] + start * x.shape[1])
+    return torch.cat(found)
