@@ -409,8 +409,8 @@ pd.Series(
 # %% [markdown]
 # ## It travels
 #
-# An edit is saved as its two factors; the same edit as a LoRA file loads into any
-# diffusers program, with this library or without.
+# An edit is saved as its two factors; the same edit as a LoRA file loads into
+# diffusers, ComfyUI, A1111 and Forge, without this library.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

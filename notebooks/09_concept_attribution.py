@@ -43,7 +43,6 @@ from myst_nb import glue
 import loco_core as loco
 from loco_core.display import window_slider
 from loco_core.inside import fidelity
-from loco_core.inside.cad import erase_in_rounds
 
 world = loco.shapeland
 loco.progress(False)
@@ -147,9 +146,10 @@ settings = dict(
     steps=steps,
     batch_size=8,
 )
+parts = loco.attribute(pipe, concept, **settings)
 edits = {
-    f"{k} x {share:.0%}": erase_in_rounds(
-        pipe, concept, share, k, **settings
+    f"{k} x {share:.0%}": parts.erase(
+        share, quota="matrix", rounds=k, pipe=pipe
     )
     for k in range(1, rounds + 1)
 }
@@ -215,9 +215,8 @@ erased.rename_axis("zeroed").map("{:.0%}".format)
 # the weights and with this one, over all layers.
 
 # %%
-parts = loco.attribute(pipe, concept, **settings)
 rivals = {
-    by: parts.erase(2 * share, quota="matrix", by=by)
+    by: parts.erase(2 * share, quota="matrix", by=by, pipe=pipe)
     for by in ("attribution", "random", "weight", "gradient")
 }
 rivals["one round"] = rivals.pop("attribution")

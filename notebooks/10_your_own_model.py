@@ -321,8 +321,8 @@ change.map("{:z.1f}".format).rename_axis("CLIP-Score of prompts with")
 # %% [markdown]
 # ## Keep it
 #
-# The edit, for this library; and a LoRA of it, which any diffusers program
-# loads.
+# The edit, for this library; and a LoRA of it, which diffusers, ComfyUI, A1111
+# and Forge load.
 
 # %%
 with tempfile.TemporaryDirectory() as saved:
