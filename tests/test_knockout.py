@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -165,7 +166,8 @@ def test_saved_sparse_edit_is_small_and_equal(pipe, tmp_path):
     loaded = loco.Edit.load(tmp_path / "edit")
     assert loaded == edit and hash(loaded) == hash(edit)
     assert (tmp_path / "edit").stat().st_size < 4096
-    assert {x.dtype for x in load_file(tmp_path / "edit").values()} == {torch.int32}
+    kinds = {x.dtype for x in load_file(tmp_path / "edit").values()}
+    assert kinds <= {torch.int32, torch.uint8}
     mixed = edit.changes[LINEAR].then(Knockout(edit.changes[LINEAR].shape, SOME, 0.5))
     several = make_edit(pipe, {LINEAR: mixed, KEY: low_rank(pipe).changes[KEY]})
     several.save(tmp_path / "several")
@@ -272,3 +274,19 @@ def test_lora_and_diagnose_refuse_knock_outs_with_the_reason(pipe, tmp_path):
 def test_sparse_edit_says_what_it_is(pipe):
     pipe.register_to_config(_name_or_path="mini")
     assert repr(sparse(pipe, LINEAR, CONV)) == "<Edit: test of 2 weights of mini>"
+
+
+@pytest.mark.parametrize("share, entry", [(0.01, 4), (0.05, 1 / 8 / 0.05), (1.0, 1 / 8)])
+def test_a_dense_knockout_takes_a_bit_an_entry_on_disk(share, entry, tmp_path):
+    pipe = build_tiny_sd()
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"
+    shape = tuple(pipe.unet.get_parameter(name[5:]).shape)
+    size = math.prod(shape)
+    generator = torch.Generator().manual_seed(0)
+    at = torch.randperm(size, generator=generator)[: max(1, int(share * size))].sort().values
+    edit = make_edit(pipe, {name: Knockout(shape, at, 0.5)}, method="test")
+    edit.save(tmp_path / "edit")
+    loaded = loco.Edit.load(tmp_path / "edit")
+    assert loaded == edit and torch.equal(loaded.changes[name].indices, at)
+    held = sum(x.nbytes for x in load_file(tmp_path / "edit").values())
+    assert held <= entry * len(at) + 8

@@ -1,7 +1,8 @@
 """An edit on disk: one safetensors file, with a readable manifest in its metadata.
 
 A change is a frozen dataclass of tensors and JSON values, so its fields are what is written: the
-tensors as "<number>.<field>", the rest in the manifest, with the kind of change. A SHA-256 over
+tensors as "<number>.<field>", the rest in the manifest, with the kind of change. Indices of more
+than every 32nd entry take less room as a bit for each: "<number>.<field>.bits". A SHA-256 over
 manifest and tensors refuses a file that was damaged.
 """
 
@@ -10,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -111,7 +114,11 @@ def _told(changes: Mapping[str, Any], originals: Mapping[str, str], provenance: 
     for change, i in distinct.items():
         fields = {f.name: getattr(change, f.name) for f in dataclasses.fields(change)}
         held = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        tensors |= {f"{i}.{name}": _narrow(value) for name, value in held.items()}
+        for name, value in held.items():
+            of = math.prod(fields["shape"]) if name == "indices" else 0
+            dense = of and len(value) > of / 32
+            key = f"{i}.{name}.bits" if dense else f"{i}.{name}"
+            tensors[key] = _bits(value, of) if dense else _narrow(value)
         kind = next(kind for kind, made in KINDS.items() if isinstance(change, made))
         kinds.append({"kind": kind} | {n: v for n, v in fields.items() if n not in held})
     manifest = {
@@ -129,6 +136,8 @@ def _made(number: int, kind: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     values = {k: v for k, v in kind.items() if k != "kind"}
     own = [name for name in tensors if name.startswith(f"{number}.")]
     held = {name.partition(".")[2]: _widen(tensors[name]) for name in own}
+    for name in [name for name in held if name.endswith(".bits")]:
+        held[name.removesuffix(".bits")] = _set_bits(held.pop(name))
     return KINDS[kind["kind"]](**values, **held)
 
 
@@ -140,6 +149,18 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
+
+
+def _bits(indices: Tensor, size: int) -> Tensor:
+    """A bit for each of `size` entries, 1 for those at `indices`: [ceil(size / 8)] uint8."""
+    mask = torch.zeros(size, dtype=torch.uint8)
+    mask[indices] = 1
+    return torch.from_numpy(numpy.packbits(mask.numpy()))
+
+
+def _set_bits(bits: Tensor) -> Tensor:
+    """Where they are 1: [n] int64."""
+    return torch.from_numpy(numpy.unpackbits(bits.numpy())).nonzero()[:, 0]
 
 
 def _seal(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

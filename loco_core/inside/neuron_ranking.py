@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import records
 from ..closed_form.rows import gather
 from ..concepts import Concept
-from ..edits.weights import fingerprint, kind_of, linear_of, projections
+from ..edits.weights import fingerprint, linear_of, projections
 from ..families import Model, TextStates, family_of
 from ..families.tokens import checked_tokens, with_targets, words
 from .neurons import Neurons
@@ -35,7 +35,7 @@ def rank_neurons(
     pipe: Any,
     concept: Concept,
     layers: Sequence[int],
-    where: Sequence[str] = ("to_k", "to_v"),
+    where: Sequence[str] = ("k", "v"),
     token: str = "padding",
     *,
     by: str = "z",
@@ -48,7 +48,8 @@ def rank_neurons(
     surely a neuron differs, not how far: by="shift" ranks by |mu_s - mu_n| instead.
 
     layers: indices of text layers in execution order, such as `found.layers` of a Localization.
-    where: "to_k", "to_v" or both. token: where the activations are read, one number per prompt:
+    where: "k" for to_k, "v" for to_v, or both (0.3 called them by their modules' names, which still
+    do). token: where the activations are read, one number per prompt:
     "last", the last token of the subject (the paper; in a twin, of what stands in its place);
     "eos", the end of the text; "padding", the mean over the padding behind it, which a causal text
     encoder has let read everything and which is most of what a layer reads of a short prompt;
@@ -67,8 +68,9 @@ def rank_neurons(
     model = family_of(pipe)
     if not isinstance(concept, Concept):
         raise TypeError(f"concept must be a loco.Concept, not {concept!r}: see loco.concepts")
-    if isinstance(where, str) or not len(where) or not set(where) <= {"to_k", "to_v"}:
-        raise ValueError(f"where={where!r} matches no projection: choose from ('to_k', 'to_v')")
+    kinds = [] if isinstance(where, str) else [name.removeprefix("to_") for name in where]
+    if not kinds or not set(kinds) <= {"k", "v"}:
+        raise ValueError(f"where={where!r} matches no projection: choose from ('k', 'v')")
     checked_tokens(token, "reading")
     if by not in ("z", "shift"):
         raise ValueError(f'by={by!r}: choose "z" or "shift"')
@@ -76,7 +78,7 @@ def rank_neurons(
         raise ValueError(
             f"concept {concept.name!r} has 1 prompt, of which there is no variance: give at least 2"
         )
-    names = projections(pipe, layers, [kind_of(name) for name in where])
+    names = projections(pipe, layers, kinds)
     index = {layer.name: layer.index for layer in model.text_layers}
     modules = [linear_of(pipe, name) for name in names]
     pair = with_targets(concept, "neutral" if neutral is None else neutral)
@@ -97,7 +99,7 @@ def rank_neurons(
         provenance=records.provenance(
             pipe,
             layers=sorted({operator.index(layer) for layer in layers}),
-            where=sorted(where),
+            where=sorted(f"to_{kind}" for kind in kinds),
             token=token,
             by=by,
             neutral=pair.target,
