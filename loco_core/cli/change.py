@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ METHODS = {
     "time": "time_edit",
     "quickfix": "diff_quickfix",
 }
+RIVALS = ("random window", "all layers", "destroyer", "mean", "noise")
 ASPECTS = ("efficacy", "generality", "specificity")
 
 EditPath = Annotated[str, Argument(metavar="EDIT", help="The folder or file of an edit.")]
@@ -56,8 +58,9 @@ def edit(
     ] = None,
     preserve: o.Preserve = None,
     preserve_neutral: Annotated[
-        bool, Option("--preserve-neutral", help="Keep the neutral twins too.")
-    ] = False,
+        bool | None,
+        Option(help="Keep the neutral twins too: by default of locoedit."),
+    ] = None,
     preserve_name: Annotated[
         list[str] | None, Option(help="Keep the prompts with this name instead; repeatable.")
     ] = None,
@@ -65,6 +68,7 @@ def edit(
         list[str] | None,
         Option(help="A prompt to keep exactly, or a file with one a line; repeatable."),
     ] = None,
+    as_published: o.AsPublished = False,
     scale: Annotated[float, Option(help="How much of the edit: 0.5 half, -1 the opposite.")] = 1.0,
     prompts: o.Prompts = 12,
 ) -> Report:
@@ -72,13 +76,19 @@ def edit(
 
     After it the model reads the concept as its neutral twin, or as the target. No image is made.
 
+    locoedit, where nothing says otherwise: lam is a tenth of the mean squared length of the edited
+    keys, and the neutral twins are kept. --as-published: lam 0.01, the subject's last token,
+    nothing kept.
+
     Writes edit.safetensors, for `loco generate --edit`, `loco evaluate` and `loco lora`.
     """
     chosen, meant = read.located(work.pipe, layers, window_from)
     meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
     if meant is None:
         raise BadParameter("name a --concept, or a --window-from whose concept is meant")
-    kept = read.lines(preserve or ()) + list(meant.neutral if preserve_neutral else ())
+    ours = method == "locoedit" and not as_published
+    neutral = ours if preserve_neutral is None else preserve_neutral
+    kept = read.lines(preserve or ()) + list(meant.neutral if neutral else ())
     kept += meant.renamed(preserve_name) if preserve_name else ()
     asked = {
         "layers": chosen,
@@ -92,14 +102,22 @@ def edit(
         "null_space": null_space and read.lines(null_space),
         "target": target and (target[0] if target in (["neutral"], ["target"]) else target),
     }
+    if as_published and method == "locoedit" and tokens is None:
+        asked["tokens"] = "last"
     function, asked = _fitting(method, asked)
+    if ours and lam is None:
+        asked["lam"] = _tenth(work.pipe, meant, asked)
     made = function(work.pipe, meant, **asked).scaled(scale)
     made.save(work.folder / "edit.safetensors")
     seen = loco.diagnose(work.pipe, made)
     weights = rows_of(seen.to_frame().reset_index())
     left = seen.rows_to_frame().groupby("role")["residual"].max().to_dict()
     return Report(
-        {"edit": repr(made), **{f"largest residual, {role}": left[role] for role in left}},
+        {
+            "edit": repr(made),
+            "lam": made.provenance.settings["lam"],
+            **{f"largest residual, {role}": left[role] for role in left},
+        },
         {"weights": weights},
     )
 
@@ -117,12 +135,18 @@ def evaluate(
     rivals: Annotated[
         bool, Option(help="Compare one edit with all layers and a random window.")
     ] = True,
+    rival: Annotated[
+        list[str] | None,
+        Option(help=f"Compare it with this one instead: {', '.join(RIVALS)}; repeatable."),
+    ] = None,
     seeds: o.Seeds = "0-1",
     steps: o.Steps = 25,
     guidance: o.Guidance = 7.5,
     prompts: o.Prompts = 12,
     clip: o.ClipName = None,
     batch_size: o.Batch = "fit",
+    height: o.Height = None,
+    width: o.Width = None,
 ) -> Report:
     """Measure what edits do and what they cost.
 
@@ -138,10 +162,10 @@ def evaluate(
     meant = _concept_of(first) if concept is None else read.concept_of(work.pipe, concept, prompts)
     found = loco.evaluate(
         work.pipe, first if len(edits) == 1 else edits, meant,
-        probes=None if probes is None else _probes(probes), rivals=rivals,
+        probes=None if probes is None else _probes(probes), rivals=rival or rivals,
         clip=None if clip is None else read.load_clip(work.pipe, clip),
         seeds=read.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
-        folder=work.parts, map=work.map,
+        size=read.size(height, width), folder=work.parts, map=work.map,
     )  # fmt: skip
     found.save(work.folder)
     save_sheet(work.folder / "images.png", found.images[:].flatten(0, -4), found.images.shape[1])
@@ -207,6 +231,17 @@ def _fitting(method: str, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if needed and "layers" not in asked:
         raise BadParameter(f"--method {method} needs --layers or --window-from")
     return function, asked
+
+
+def _tenth(pipe: Any, meant: Any, asked: Mapping[str, Any]) -> float:
+    """A tenth of the mean squared length of the keys that an edit moves, to three digits."""
+    model = loco.family_of(pipe)
+    keys, recipe = loco.closed_form.keys, loco.closed_form.recipe.recipe
+    made = recipe(
+        "locoedit", model.name, meant, {}, tokens=asked.get("tokens", "eos"),
+        target=asked.get("target"), preserve=(), null_space=None, scales=(1.0, 1.0),
+    )  # fmt: skip
+    return float(f"{keys.squared_length(model, made) / 10:.3g}")
 
 
 def _name(path: str) -> str:

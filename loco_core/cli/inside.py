@@ -1,6 +1,6 @@
 """Commands that look inside of layers: at single neurons, at single weights."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import BadParameter, Option
 
@@ -10,6 +10,13 @@ from . import options as o
 from . import read
 from .command import Work, command
 from .report import Report, rows_of, save_sheet
+
+#: What works on the minis (chapters 8 and 9), and the papers' settings.
+WORKING_NEURONS = {"where": "v", "token": "padding", "by": "shift"}
+WORKING_CAD = {"ratio": 0.03, "rounds": 2, "against": "neutral", "quota": "matrix"}
+PUBLISHED_CAD = {
+    "ratio": 1e-3, "rounds": 1, "measure": "epsilon", "against": "empty", "quota": "row",
+}  # fmt: skip
 
 
 @command(
@@ -23,11 +30,18 @@ def neurons(
     layers: o.Layers = None,
     window_from: o.WindowFrom = None,
     where: Annotated[
-        Literal["both", "to_k", "to_v"], Option(help="Projections whose outputs are ranked.")
-    ] = "both",
+        Literal["both", "k", "v", "to_k", "to_v"] | None,
+        Option(help="Projections whose outputs are ranked: by default v."),
+    ] = None,
     token: Annotated[
-        Literal["last", "eos", "all"], Option(help="Where activations are read.")
-    ] = "eos",
+        Literal["last", "eos", "padding", "all"] | None,
+        Option(help="Where activations are read: by default at the padding."),
+    ] = None,
+    by: Annotated[
+        Literal["z", "shift"] | None,
+        Option(help="How surely a neuron differs, or how far: by default how far, shift."),
+    ] = None,
+    as_published: o.AsPublished = False,
     top: Annotated[int, Option(help="How many of the first are held.")] = 50,
     mode: Annotated[
         Literal["neutral_mean", "zero"], Option(help="The value at which they are held.")
@@ -42,7 +56,9 @@ def neurons(
 ) -> Report:
     """Rank the neurons that tell a concept.
 
-    Outputs of to_k and to_v, by Welch's t of prompts with the concept against their neutral twins.
+    Outputs of to_k and to_v, by how they differ between prompts with the concept and their neutral
+    twins. --as-published: of both, at the subject's last token, by Welch's t.
+
     Writes the ranking and images.png: a row without, a row with the first of them held. With --mode
     zero that is a change of weights, and edit.safetensors is written, too.
     """
@@ -50,8 +66,13 @@ def neurons(
     meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
     if meant is None or chosen is None:
         raise BadParameter("name a --concept and --layers, or a --window-from that has both")
-    projections = ("to_k", "to_v") if where == "both" else (where,)
-    ranked = loco.rank_neurons(work.pipe, meant, chosen, projections, token)
+    published = {"where": "both", "token": "last", "by": "z"}
+    asked = {"where": where, "token": token, "by": by}
+    asked = read.filled(asked, published if as_published else WORKING_NEURONS)
+    projections = ("k", "v") if asked["where"] == "both" else (asked["where"],)
+    ranked = loco.rank_neurons(
+        work.pipe, meant, chosen, projections, asked["token"], by=asked["by"]
+    )
     read.size(height, width)
     images = loco.inside.neurons.ablation_curve(
         work.pipe, ranked, meant.prompts, [0, top], mode=mode,
@@ -63,61 +84,110 @@ def neurons(
     save_sheet(work.folder / "images.png", images.flatten(0, -4), columns)
     if mode == "zero" and top:
         ranked.edit(work.pipe, top).save(work.folder / "edit.safetensors")
-    facts = {"concept": meant.name, "layers": chosen, "ranked": len(ranked), "held": top}
+    facts = {"concept": meant.name, "layers": chosen, "ranked": len(ranked), "held": top, **asked}
     return Report(facts, {"neurons": rows_of(ranked.to_frame())})
 
 
-@command("loco attribute mini-sd --concept object:star --prompts 2 --steps 8 --out parts")
+@command(
+    "loco attribute mini-sd --concept object:star --layers 6,7 --prompts 4 --steps 8 --out parts"
+)
 def attribute(
     work: Work,
-    concept: o.ConceptText,
+    concept: o.ConceptOrNone = None,
+    layers: o.Layers = None,
+    window_from: o.WindowFrom = None,
     objective: Annotated[
         Literal["erase", "amplify"], Option(help="What the edit does to the concept.")
     ] = "erase",
-    ratio: Annotated[float, Option(help="Share of the weights that it zeroes.")] = 1e-3,
+    ratio: Annotated[
+        float | None, Option(help="Share of the weights that each round zeroes: by default 0.03.")
+    ] = None,
+    rounds: Annotated[
+        int | None, Option(help="Attribute anew with what fell at zero: by default 2 rounds.")
+    ] = None,
     where: Annotated[
         Literal["ff", "attention", "cross-attention", "conv"], Option(help="Weights to score.")
     ] = "ff",
+    measure: Annotated[
+        Literal["epsilon", "v_prediction", "sample"] | None,
+        Option(help="In what the objective is measured: by default in what the model predicts."),
+    ] = None,
     against: Annotated[
-        Literal["empty", "neutral"], Option(help="What a prompt is compared with, to erase.")
-    ] = "empty",
+        Literal["empty", "neutral"] | None,
+        Option(help="What a prompt is compared with: by default its neutral twin."),
+    ] = None,
     preserve: o.Preserve = None,
     image: Annotated[
         list[str] | None,
         Option(help="To amplify: a picture of the concept for each prompt, in order; repeatable."),
     ] = None,
     quota: Annotated[
-        Literal["row", "matrix", "all"], Option(help="Within which the share is taken.")
-    ] = "row",
+        Literal["row", "matrix", "all"] | None,
+        Option(help="Within which the share is taken: by default matrix."),
+    ] = None,
+    by: Annotated[
+        Literal["attribution", "random", "weight", "gradient"],
+        Option(help="A control: as many by chance, by size, by gradient; in one round."),
+    ] = "attribution",
+    control_seed: Annotated[int, Option(help="Of --by random.")] = 0,
+    fidelity: Annotated[
+        int, Option(help="Random knock-outs by which the scores are checked; 0: none.")
+    ] = 0,
+    as_published: o.AsPublished = False,
     seeds: o.Seeds = "0",
     steps: o.Steps = 25,
     guidance: o.Guidance = 3.0,
     prompts: o.Prompts = 4,
     batch_size: Annotated[int, Option(help="Images at a time.")] = 4,
     keep: Annotated[
-        bool, Option("--keep", help="Save all scores, too: as large as the weights, twice.")
+        bool, Option("--keep", help="Save all scores, too: as large as the weights.")
     ] = False,
 ) -> Report:
     """Score the weights that serve a concept.
 
-    CAD: to first order, what zeroing each weight does. Writes edit.safetensors, which zeroes those
-    that serve the concept most, or to amplify it those that hold it back.
+    CAD: to first order, what zeroing each weight does. --layers: only in their transformer blocks.
+    --as-published: one round of 0.001 of every row, against the empty prompt, measured in epsilon,
+    of all layers unless some are named.
+
+    Writes edit.safetensors, which zeroes those that serve the concept most, or to amplify it those
+    that hold it back.
     """
+    chosen, meant = read.located(work.pipe, layers, window_from)
+    meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
+    if meant is None:
+        raise BadParameter("name a --concept, or a --window-from whose concept is meant")
+    asked: dict[str, Any] = {"ratio": ratio, "rounds": rounds, "measure": measure}
+    asked |= {"against": against, "quota": quota}
+    asked = read.filled(asked, PUBLISHED_CAD if as_published else _working(work, objective, by))
+    images = image and read.pictures(image)
     parts = loco.attribute(
-        work.pipe, read.concept_of(work.pipe, concept, prompts), where=where, objective=objective,
-        against=against, preserve=read.lines(preserve or ()), images=image and read.pictures(image),
+        work.pipe, meant, where=where, layers=chosen, objective=objective, images=images,
+        measure=asked["measure"], against=asked["against"], preserve=read.lines(preserve or ()),
         seeds=read.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
     )  # fmt: skip
-    made = getattr(parts, objective)(ratio, quota=quota)
+    how = {"by": by, "quota": asked["quota"], "seed": control_seed, "pipe": work.pipe}
+    if objective == "erase":
+        how["rounds"] = asked["rounds"]
+    elif asked["rounds"] != 1:
+        raise BadParameter("--rounds is for --objective erase: leave it out")
+    made = getattr(parts, objective)(asked["ratio"], **how)
     made.save(work.folder / "edit.safetensors")
     if keep:
         parts.save(work.folder)
-    zeroed = sum(len(change.indices) for change in made.changes.values())
+    facts = {"edit": repr(made), "scored": len(parts), "layers": chosen, **asked}
+    facts["zeroed"] = sum(len(change.indices) for change in made.changes.values())
+    if fidelity:
+        seen = loco.inside.fidelity(work.pipe, parts, fidelity, images=images)
+        facts |= {"fidelity r": seen.r, "fidelity low": seen.low, "fidelity high": seen.high}
     frame = parts.to_frame().reset_index()
     column = "positive" if objective == "erase" else "negative"
     largest = frame.loc[frame[column].abs().sort_values(ascending=False).index[:10]]
-    return Report(
-        {"edit": repr(made), "scored": len(parts), "zeroed": zeroed},
-        {"weights": rows_of(frame)},
-        shown=rows_of(largest),
-    )
+    return Report(facts, {"weights": rows_of(frame)}, shown=rows_of(largest))
+
+
+def _working(work: Work, objective: str, by: str) -> dict[str, Any]:
+    """What works on the minis: erasing in rounds, in what the model predicts."""
+    known = WORKING_CAD | {"measure": work.pipe.scheduler.config.get("prediction_type", "epsilon")}
+    if objective == "amplify":
+        return known | {"rounds": 1, "against": "empty"}
+    return known if by == "attribution" else known | {"rounds": 1}

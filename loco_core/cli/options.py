@@ -60,6 +60,9 @@ WindowFrom = Annotated[str | None, Option(help="A localization, whose layers are
 Preserve = Annotated[
     list[str] | None, Option(help="A prompt to keep, or a file with one a line; repeatable.")
 ]
+AsPublished = Annotated[
+    bool, Option("--as-published", help="The paper's setting, where no option says otherwise.")
+]
 Prompts = Annotated[int, Option(help="How many prompts, for a concept of Shapeland.", min=1)]
 Seeds = Annotated[str, Option(help="Numbers and ranges: 0,2 or 0-3.")]
 Steps = Annotated[int, Option(help="Of sampling.")]

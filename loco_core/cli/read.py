@@ -57,8 +57,15 @@ def only_those(asked: Mapping[str, Any], takes: Iterable[str], method: str) -> d
     """The settings that were given; refuses those that `method` does not take."""
     given = {name: value for name, value in asked.items() if value is not None}
     if wrong := [name for name in given if name not in set(takes)]:
-        raise BadParameter(f"--{wrong[0]} is not for --method {method}: leave it out")
+        raise BadParameter(
+            f"--{wrong[0].replace('_', '-')} is not for --method {method}: leave it out"
+        )
     return given
+
+
+def filled(asked: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, and where nothing was (None), what is taken otherwise."""
+    return {n: otherwise[n] if value is None else value for n, value in asked.items()}
 
 
 def lines(texts: Sequence[str]) -> list[str]:

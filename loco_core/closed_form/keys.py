@@ -17,7 +17,7 @@ from ..interventions.recording import recording
 from .recipe import Recipe
 from .rows import Rows, gather
 
-__all__ = ["PROMPT", "rows_of", "source_of"]
+__all__ = ["PROMPT", "rows_of", "source_of", "squared_length"]
 
 #: The source of a weight that reads the encoded prompt; any other source is the weight itself.
 PROMPT = "prompt"
@@ -47,6 +47,11 @@ def rows_of(model: Model, recipe: Recipe, source: str) -> Rows:
         recipe.preserve,
         recipe.null_space,
     )
+
+
+def squared_length(model: Model, recipe: Recipe, source: str = PROMPT) -> float:
+    """Mean |c|^2 of the keys that an edit of weights with `source` moves: the unit of its lam."""
+    return float(rows_of(model, recipe, source).keys.double().square().sum(1).mean())
 
 
 def _reader(model: Model, source: str) -> Callable[[Sequence[str]], TextStates]:
