@@ -23,7 +23,7 @@ from ..records import model_name
 from .change import Change
 from .weights import editable, editables, is_of
 
-__all__ = ["Entry", "before_edit", "entries", "original", "original_of", "put_on", "take_off"]
+__all__ = ["Undo", "before_edit", "entries", "original", "original_of", "put_on", "take_off"]
 
 #: Two threads do not change weights at once.
 LOCK = threading.RLock()
@@ -32,7 +32,7 @@ ATTRIBUTE = "_loco_edits"
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class Undo:
     """One change that is on a weight. digest, label: of the edit it belongs to. saved: what it
     replaced. left: digest of what it put there."""
 
@@ -42,11 +42,11 @@ class Entry:
     saved: Tensor
     left: str
 
-    def __deepcopy__(self, memo: dict) -> Entry:
+    def __deepcopy__(self, memo: dict) -> Undo:
         return self  # nothing in it ever changes
 
 
-def entries(module: nn.Module) -> list[Entry]:
+def entries(module: nn.Module) -> list[Undo]:
     """What is on the weight of `module`, the newest last."""
     return vars(module).get(ATTRIBUTE, [])
 
@@ -73,7 +73,7 @@ def put_on(modules: Mapping[str, nn.Module], changes: Mapping[str, Change], by: 
             with torch.inference_mode(False), torch.no_grad():  # else a copy could not be pickled
                 saved = changes[name].part(weight).clone()
             left = _digest(changes[name].part(after))
-            entry = Entry(by.digest, repr(by), changes[name], saved, left)
+            entry = Undo(by.digest, repr(by), changes[name], saved, left)
             done.append(module)
             vars(module).setdefault(ATTRIBUTE, []).append(entry)
             weight.copy_(after)
