@@ -1,4 +1,6 @@
-"""CAD by the judge and by the book: erase, amplify, cost, gradients, fidelity. [--json]
+"""CAD by the judge and by the book: erase, amplify, cost, gradients, fidelity.
+
+    python benchmarks/cad.py --record results/cad.json
 
 - erase: every object by itself, in the paper's setting and in the one chosen here, and as many
   weights by chance, by size and by gradient; its own rate and that of the other objects, held out.
@@ -18,11 +20,12 @@ from random import Random
 
 import pandas as pd
 import torch
+from common import arguments, finish, settings_of
 
 import loco_core as loco
 from loco_core.edits.weights import module_of
-from loco_core.inside import fidelity, objectives
-from loco_core.inside.cad import batches, erase_in_rounds, rows_of
+from loco_core.inside import erase_in_rounds, fidelity, objectives
+from loco_core.inside.cad import batches, rows_of
 from loco_core.statistics import paired_shares, wilson
 from loco_core.worlds.shapeland import ATTRIBUTES, Scene, concept, describe, draw_scene, judge
 from loco_core.worlds.shapeland.vocabulary import is_held_out, random_scene
@@ -118,7 +121,7 @@ def erase(pipe, args: argparse.Namespace) -> dict:
             share, parts = ours["ratio"] * ours["rounds"], attribution(pipe, name, ours, args)
             edits["one round"] = parts.erase(share, quota=ours["quota"])
             for by in ("random", "weight", "gradient"):
-                edits[by] = parts.erase(share, quota=ours["quota"], by=by)
+                edits[by] = parts.erase(share, quota=ours["quota"], by=by, pipe=pipe)
         for label, edit in edits.items():
             with edit.applied(pipe):
                 hits = shown(pipe, asked, args)
@@ -177,7 +180,7 @@ def amplify(args: argparse.Namespace) -> dict:
     rows = []
     for ratio in args.amplify_ratios:
         for by in ("attribution", "random") if args.controls else ("attribution",):
-            edit = parts.amplify(ratio, quota=args.amplify_quota, by=by)
+            edit = parts.amplify(ratio, quota=args.amplify_quota, by=by, pipe=pipe)
             with edit.applied(pipe):
                 now = shown(pipe, scenes + others, args)
             n = len(scenes)
@@ -297,19 +300,20 @@ def measure(args: argparse.Namespace) -> dict:
         "gradients": lambda: gradients(args),
         "fidelity": lambda: faithful(pipe, args),
     }
-    result: dict = {"model": args.model, "settings": vars(args), "bars": {}}
+    result: dict = {"model": args.model, "settings": settings_of(args), "bars": {}}
     for part in args.parts:
         result[part] = run[part]()
         for name, (figure, side, bar) in result[part].pop("bars").items():
             passed = figure <= bar if side == "<=" else figure >= bar
             held = {"figure": float(f"{figure:.4g}"), "bar": f"{side} {bar:g}", "passed": passed}
             result["bars"][name] = held
+    result["passed"] = all(bar["passed"] for bar in result["bars"].values())
     return result
 
 
 def main() -> int:
     """Measure, print, and return 0 if all bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="mini-sd", help="default: mini-sd")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--objects", nargs="+", choices=OBJECTS, default=OBJECTS)
@@ -343,19 +347,22 @@ def main() -> int:
     parser.add_argument("--shares", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--fidelity-steps", type=int, default=10)
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
     result = measure(args)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        for part in args.parts:
-            rows = result[part].pop("rows", [])
-            print(f"{part}: {json.dumps(result[part])}")
-            print(pd.DataFrame(rows).round(3).to_string())
-        print(pd.DataFrame(result["bars"]).T.to_string())
-    return 0 if all(bar["passed"] for bar in result["bars"].values()) else 1
+    n = {"objects": len(args.objects), "captions an object": args.count, "seeds": 1}
+    n |= {"ablations": args.ablations, "entries": args.entries}
+    return finish(args, result, n=n, text=_text(result, args.parts))
+
+
+def _text(result: dict, parts: list[str]) -> str:
+    """A table for a reader of each part, and of the bars."""
+    lines = []
+    for part in parts:
+        told = {name: x for name, x in result[part].items() if name != "rows"}
+        lines.append(f"{part}: {json.dumps(told)}")
+        lines.append(pd.DataFrame(result[part].get("rows", [])).round(3).to_string())
+    return "\n".join([*lines, pd.DataFrame(result["bars"]).T.to_string()])
 
 
 if __name__ == "__main__":

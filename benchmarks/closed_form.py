@@ -1,6 +1,6 @@
 """What the closed-form edit costs, against the released algorithm and one pass over the weights.
 
-    python benchmarks/closed_form.py [--json] [--only sd15] [--estimate]
+    python benchmarks/closed_form.py --record results/closed_form.json [--only sd15] [--estimate]
 
 On the shapes of three models, in one process, on the same weights and CLIP-like rows:
 
@@ -28,23 +28,16 @@ import os
 # it waits for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import argparse  # noqa: E402
-import ctypes  # noqa: E402
-import gc  # noqa: E402
-import json  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable, Iterable  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
+from common import arguments, finish, seconds, settings_of, with_peak  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from loco_core.closed_form.solver import fit
+from loco_core.closed_form.solver import fit  # noqa: E402
 
 # Width of the text embedding, and out width of to_k (and of to_v) by layer in execution order.
 SD = [320] * 2 + [640] * 2 + [1280] * 6 + [640] * 3 + [320] * 3
@@ -62,6 +55,8 @@ BARS = [  # name, the largest or smallest allowed figure
     ("sdxl, 4 rows: materialised / floor", "<=", 3.0),
     ("sdxl, 4 rows: relative error of W' - W", "<=", 1e-5),
     ("sdxl, 100 + 900 rows: seconds of factors", "<=", 1.5),
+    ("width 768, 48 + 8000 rows: seconds of factors", "<=", 1.0),
+    ("width 768, 48 + 8000 rows: MiB of factors", "<=", 200.0),
 ]
 
 
@@ -92,31 +87,6 @@ def exact_change(W: Tensor, C: Tensor, G: Tensor) -> Tensor:
     W, C, G = W.double(), C.double(), G.double()
     right = LAM * torch.eye(C.shape[1], dtype=torch.float64) + C.T @ C
     return torch.linalg.solve(right, (W @ (G - C).T) @ C, left=False)
-
-
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Time of one call on the wall and of the processor."""
-    wall, processor = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def with_peak(call: Callable[[], object]) -> tuple[tuple[float, float], float | None]:
-    """Both times of one call, and the MiB by which the resident set grew at its highest."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or the call finds memory that others have freed
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = resident("VmRSS")
-    except (OSError, AttributeError):
-        return seconds(call), None
-    took = seconds(call)
-    return took, round(max(resident("VmHWM") - before, 0) / 1024, 1)
-
-
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0])
 
 
 def measure(model: str, n: int, p: int, repeats: int, estimate: bool, weights, new) -> dict:
@@ -203,7 +173,19 @@ def measure(model: str, n: int, p: int, repeats: int, estimate: bool, weights, n
     }
 
 
-def bars(cases: list[dict]) -> list[dict]:
+def many_rows(repeats: int) -> dict:
+    """`fit` where rows outnumber features: by d x d moments."""
+    keys, targets, preserve = (clip_like(k, 768, s) for k, s in ((48, 1), (48, 2), (8000, 3)))
+
+    def factors() -> None:
+        fit(keys, targets, LAM, preserve=preserve)
+
+    runs = [with_peak(factors) for _ in range(max(1, repeats // 3))]
+    peaks = [peak for _, peak in runs if peak is not None]
+    return {"seconds": min(took[0] for took, _ in runs), "peak_mib": max(peaks, default=None)}
+
+
+def bars(cases: list[dict], many: dict) -> list[dict]:
     """Every bar with its figure; None where the case was not run."""
     found = {(c["model"], c["edited"], c["preserved"]): c for c in cases}
     figures: list[float | None] = [None] * len(BARS)
@@ -213,8 +195,9 @@ def bars(cases: list[dict]) -> list[dict]:
         figures[:2] = [a / b for a, b in ratios]
         figures[2] = s["materialised"] / s["floor"]
         figures[3] = few["error"]["materialised"]
-    if many := found.get(("sdxl", 100, 900)):
-        figures[4] = many["seconds"]["factors"]
+    if thousand := found.get(("sdxl", 100, 900)):
+        figures[4] = thousand["seconds"]["factors"]
+    figures[5:] = [many["seconds"], many["peak_mib"]]
     return [
         {
             "name": name,
@@ -226,35 +209,35 @@ def bars(cases: list[dict]) -> list[dict]:
     ]
 
 
-def show(case: dict) -> None:
+def show(case: dict) -> str:
     """One case as a small table."""
-    print(
+    lines = [
         f"\n{case['model']}: {case['matrices']} matrices, {case['weights'] / 1e6:.1f} M weights, "
-        f"{case['edited']} edited + {case['preserved']} preserved rows"
-    )
-    print("                 seconds  processor s  peak MiB  error of W' - W")
+        f"{case['edited']} edited + {case['preserved']} preserved rows",
+        "                 seconds  processor s  peak MiB  error of W' - W",
+    ]
     for name in ("released", "hoisted", "factors", "materialised", "floor"):
         if name not in case["seconds"]:
-            print(f"  {name:12} not measured beyond {WHOLE} rows, see --estimate")
+            lines.append(f"  {name:12} not measured beyond {WHOLE} rows, see --estimate")
             continue
         peak, error = case["peak_mib"][name], case["error"].get(name)
-        print(
+        lines.append(
             f"  {name:12} {case['seconds'][name]:9.4f}  {case['processor_seconds'][name]:11.4f}"
             f" {'' if peak is None else peak:>9}"
             f"  {'' if error is None else f'{error:.1e}':9}"
             f"{'estimated' if name in case['estimated'] else ''}".rstrip()
         )
     size = case["bytes"]
-    print(
+    lines.append(
         f"  on disk      {size['factors']:,} bytes of factors for {size['weights']:,} of weights, "
         f"{size['weights'] / size['factors']:.0f} to 1"
     )
+    return "\n".join(lines)
 
 
 def main() -> int:
     """Measure, print, and return 0 if every bar was measured and holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = arguments(__doc__)
     parser.add_argument("--only", choices=SHAPES, help="one model; the bars need sdxl")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
@@ -265,7 +248,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cases = []
+    many, cases = many_rows(args.repeats), []
     for model in [args.only] if args.only else SHAPES:
         width, heights = SHAPES[model]
         random = torch.Generator().manual_seed(4)
@@ -275,20 +258,15 @@ def main() -> int:
         new = [torch.zeros_like(W) for W in weights]
         for n, p in ROWS:
             cases.append(measure(model, n, p, args.repeats, args.estimate, weights, new))
-            if not args.json:
-                show(cases[-1])
-    held = bars(cases)
-    passed = all(bar["passed"] for bar in held)
-    if args.json:
-        machine = {"threads": args.threads, "torch": torch.__version__, "lam": LAM}
-        print(json.dumps({**machine, "cases": cases, "bars": held, "passed": passed}, indent=1))
-        return 0 if passed else 1
-    print()
+    held = bars(cases, many)
+    result = {"settings": settings_of(args) | {"lam": LAM}, "cases": cases, "many_rows": many}
+    result |= {"bars": held, "passed": all(bar["passed"] for bar in held)}
+    lines = [show(case) for case in cases] + [""]
     for bar in held:
         figure = "not measured" if bar["figure"] is None else f"{bar['figure']:.3g}"
         verdict = "passed" if bar["passed"] else "FAILED"
-        print(f"{bar['name']:42} {figure:>12}  (bar {bar['bar']})  {verdict}")
-    return 0 if passed else 1
+        lines.append(f"{bar['name']:46} {figure:>12}  (bar {bar['bar']})  {verdict}")
+    return finish(args, result, n={"repeats": args.repeats}, text="\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ says about speed is a ratio of two ways timed in turn in one process (`in_turn`)
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -73,6 +75,39 @@ def circumstances() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **records.versions()},
     }
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of a benchmark, without how it is told."""
+    return {name: value for name, value in vars(args).items() if name not in ("json", "record")}
+
+
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Time of one call on the wall and of the processor."""
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def with_peak(call: Callable[[], object]) -> tuple[tuple[float, float], float | None]:
+    """Both times of one call, and the MiB by which the resident set grew at its highest.
+
+    None where the kernel does not tell the high-water mark (it is Linux that does).
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or the call finds memory that others have freed
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return seconds(call), None
+    took = seconds(call)
+    return took, round(max(_resident("VmHWM") - before, 0) / 1024, 1)
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0])
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:

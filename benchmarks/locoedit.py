@@ -1,4 +1,6 @@
-"""LocoEdit by the judge, on held-out captions: every style alone, and all at once. [--json]
+"""LocoEdit by the judge, on held-out captions: every style alone, and all at once.
+
+    python benchmarks/locoedit.py --record results/locoedit.json
 
 - Alone: the judge's rate of the removed style, of the other styles and of the object of the same
   pictures, for each choice of tokens; the bars are for the default one.
@@ -10,12 +12,12 @@ preserved prompts were chosen on captions of the training split; none of the cap
 
 import argparse
 import inspect
-import json
 import sys
 from random import Random
 
 import pandas as pd
 import torch
+from common import arguments, finish, settings_of
 
 import loco_core as loco
 from loco_core.families.tokens import TOKENS
@@ -122,42 +124,39 @@ def measure(args: argparse.Namespace) -> dict:
             SPARED_BAR,
         ),
     }
+    held = {
+        name: {"figure": round(float(figure), 4), "bar": bar, "passed": bool(figure <= bar)}
+        for name, (figure, bar) in bars.items()
+    }
     return {
         "model": args.model,
-        "settings": vars(args),
+        "settings": settings_of(args),
         "default_tokens": default,
         "alone": one.to_dict("records"),
         "means": means.round(4).to_dict("index"),
         "at_once": every.to_dict("records"),
-        "bars": {
-            name: {"figure": round(float(figure), 4), "bar": bar, "passed": bool(figure <= bar)}
-            for name, (figure, bar) in bars.items()
-        },
+        "bars": held,
+        "passed": all(bar["passed"] for bar in held.values()),
     }
 
 
 def main() -> int:
     """Measure, print, and return 0 if all bars are held."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="mini-sd", help="a planted mini (default: mini-sd)")
     parser.add_argument("--prompts", type=int, default=12, help="prompts per style of an edit")
     parser.add_argument("--lam", type=float, default=20.0, help="of the edit (squared key: 128)")
     parser.add_argument("--count", type=int, default=25, help="held-out captions per style")
     parser.add_argument("--steps", type=int, default=12, help="steps per picture")
     parser.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     loco.progress(not args.json)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         result = measure(args)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(pd.DataFrame(result["alone"]).round(3).to_string())
-        print(pd.DataFrame(result["means"]).T.round(3).to_string())
-        print(pd.DataFrame(result["at_once"]).round(3).to_string())
-        print(pd.DataFrame(result["bars"]).T.to_string())
-    return 0 if all(bar["passed"] for bar in result["bars"].values()) else 1
+    n = {"styles": len(STYLES), "captions a style": args.count, "seeds": 1}
+    tables = [pd.DataFrame(result["alone"]), pd.DataFrame(result["means"]).T,
+              pd.DataFrame(result["at_once"]), pd.DataFrame(result["bars"]).T]  # fmt: skip
+    return finish(args, result, n=n, text="\n".join(x.round(3).to_string() for x in tables))
 
 
 if __name__ == "__main__":

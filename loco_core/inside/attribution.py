@@ -239,7 +239,7 @@ class Attribution:
             "weight": lambda: sizes(self, pipe),
             "gradient": lambda: slopes(self, pipe),
         }
-        counts = Ranking(orders["attribution"], quota).counts(ratio)
+        counts = Ranking(orders["attribution"], quota, above=0.0).counts(ratio)
         found = Ranking(orders[by], quota).top(counts)
         if not found:
             raise ValueError(f"no weight has the sign that {method} zeroes: every alpha is 0")

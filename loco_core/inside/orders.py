@@ -1,11 +1,10 @@
 """The orders in which an attribution's weights can be taken: its own, and those of controls.
 
-Each makes (name of a weight, scores of its entries) one weight at a time; -inf is never taken.
+Each makes (name of a weight, scores of its entries) one weight at a time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,10 +19,9 @@ Scores = Iterator[tuple[str, Tensor]]
 
 
 def signed(alpha: Mapping[str, Tensor], sign: float) -> Scores:
-    """By alpha of one sign (+1: what serves the concept, -1: what holds it back), no other."""
+    """By alpha (+1: what serves the concept is positive) or by -alpha (-1: what holds it back)."""
     for name, scores in alpha.items():
-        wanted = scores if sign > 0 else -scores
-        yield name, torch.where(wanted > 0, wanted, -math.inf)
+        yield name, scores if sign > 0 else -scores
 
 
 def chance(alpha: Mapping[str, Tensor], seed: int) -> Scores:

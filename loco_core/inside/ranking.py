@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["QUOTAS", "Ranking"]
 
 QUOTAS = ("row", "matrix", "all")
+PIECE = 1 << 20  # scores that are sorted at a time
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Ranking:
     """Scores of units, and who comes first.
 
     scores: makes (name of a weight, its scores) one by one, the same at every call: [row, unit] of
-    matrices, or of any other shape; -inf is never taken. quota: "row" compares the units of a row
-    with each other (the first axis), "matrix" those of a weight, "all" those of all weights.
+    matrices, or of any other shape. quota: "row" compares the units of a row with each other (the
+    first axis), "matrix" those of a weight, "all" those of all weights. above: only units with a
+    larger score are taken.
 
     >>> ranking = Ranking(lambda: [("a", torch.tensor([[3.0, 1.0], [2.0, 2.0]]))], "matrix")
     >>> ranking.top(ranking.counts(0.5))
@@ -35,6 +37,7 @@ class Ranking:
 
     scores: Callable[[], Iterable[tuple[str, Tensor]]]
     quota: str = "all"
+    above: float = -math.inf
 
     def counts(self, ratio: float) -> dict[str, Tensor]:
         """How many units are first, by weight and group of the quota: [group] int64.
@@ -42,8 +45,10 @@ class Ranking:
         ratio: share of the units of a group, rounded up: rounded down, a quota of 0.001 takes
         nothing from a row of 640. Less where fewer can be taken. "all" has one group, named "".
         """
-        takeable = {name: _takeable(x, self.quota) for name, x in self.scores()}
-        sizes = {name: _groups(x, self.quota).shape[1] for name, x in self.scores()}
+        takeable, sizes = {}, {}
+        for name, x in self.scores():
+            groups = _groups(x, self.quota)
+            takeable[name], sizes[name] = (groups > self.above).sum(1), groups.shape[1]
         if self.quota == "all":
             every, size = sum(n.sum() for n in takeable.values()), sum(sizes.values())
             takeable, sizes = {"": torch.as_tensor(every).view(1)}, {"": size}
@@ -73,9 +78,7 @@ class Ranking:
         """How many of the `count` first of all weights lie in each: the earlier ones win ties."""
         best = torch.empty(0)
         for _, x in self.scores():
-            kept = x.flatten().topk(min(count, x.numel())).values
-            best = torch.cat([best.to(kept.dtype), kept])
-            best = best.topk(min(count, len(best))).values
+            best = _largest(x.flatten(), count, best.to(x.dtype))
         least = best[-1] if len(best) else math.inf
         above = {name: int((x > least).sum()) for name, x in self.scores()}
         left = count - sum(above.values())
@@ -92,22 +95,28 @@ def _groups(x: Tensor, quota: str) -> Tensor:
     return x.flatten(1) if quota == "row" and x.ndim > 1 else x.flatten()[None]
 
 
-def _takeable(x: Tensor, quota: str) -> Tensor:
-    return (_groups(x, quota) > -math.inf).sum(1)
-
-
 def _first(x: Tensor, count: int) -> Tensor:
     """Sorted indices of the `count` largest entries of a vector, the earlier ones of equal ones."""
     if not count:
         return torch.empty(0, dtype=torch.int64)
-    least = x.topk(count).values[-1]
+    least = _largest(x, count, x.new_empty(0))[-1]
     above, level = (x > least).nonzero()[:, 0], (x == least).nonzero()[:, 0]
     return torch.cat([above, level[: count - len(above)]]).sort().values
 
 
-def _first_of_rows(x: Tensor, counts: Tensor, block: int = 1 << 22) -> Tensor:
+def _largest(x: Tensor, count: int, known: Tensor) -> Tensor:
+    """The `count` largest of `known` and of a vector, in descending order: a piece at a time, since
+    topk takes 16 bytes an entry."""
+    for piece in x.split(PIECE):
+        piece = piece.topk(min(count, len(piece))).values
+        known = torch.cat([known, piece])
+        known = known.topk(min(count, len(known))).values
+    return known
+
+
+def _first_of_rows(x: Tensor, counts: Tensor) -> Tensor:
     """The same of every row of a matrix [row, unit], as flat indices; counts: [row]."""
-    height = max(1, block // x.shape[1])
+    height = max(1, PIECE // x.shape[1])
     found = []
     for start in range(0, len(x), height):
         rows, count = x[start : start + height], counts[start : start + height, None]
