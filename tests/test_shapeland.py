@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 import loco_core as loco
 from loco_core.worlds.shapeland import ATTRIBUTES, NEUTRAL, Scene, describe, planting
 from loco_core.worlds.shapeland.drawing import draw_scene
+from loco_core.worlds.shapeland.judge import _trained_judge, judge
 from loco_core.worlds.shapeland.planting import PLANTS, POOLED, pooled_truth, scenes_read
 from loco_core.worlds.shapeland.tokenizer import MAX_LENGTH, build_tokenizer
 from loco_core.worlds.shapeland.vocabulary import held_out_scenes, is_held_out, random_scene
@@ -248,3 +249,12 @@ def test_a_killed_training_run_goes_on_as_if_nothing_happened(tmp_path):
     assert torch.equal(whole.weight, resumed.weight)
     log = json.loads((tmp_path / "killed" / "line.log.json").read_text())
     assert [entry["step"] for entry in log] == [50, 60]  # the last step is always in the log
+
+
+def test_the_judge_has_gradients_though_it_was_first_asked_in_inference_mode():
+    _trained_judge.cache_clear()
+    images = torch.rand(1, 3, 64, 64)
+    judge(images)
+    images.requires_grad_(True)
+    _trained_judge()(images)["object"].sum().backward()
+    assert images.grad is not None and bool(images.grad.any())

@@ -58,9 +58,10 @@ def _trained_judge() -> JudgeNet:
             f"the judge's weights {WEIGHTS} are missing; "
             f"train them with `python -m loco_core.worlds.training judge`"
         )
-    net = JudgeNet()
-    net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
-    return net.eval()
+    with torch.inference_mode(False):  # whoever asks first: it is kept, and has gradients, too
+        net = JudgeNet()
+        net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+        return net.eval()
 
 
 @cache
