@@ -498,6 +498,13 @@ def test_another_model_and_bad_ablations_are_refused(shared):
         fidelity(pipe, parts, 4, images=torch.zeros(1, 3, 16, 16))
 
 
+def test_weights_that_can_have_no_gradient_are_refused_by_name():
+    with torch.inference_mode():
+        pipe = build_tiny_sd()
+    with pytest.raises(ValueError, match=r"unet\..* under torch.inference_mode\(\).*outside of it"):
+        loco.attribute(pipe, STAR, steps=2)
+
+
 def test_a_scheduler_of_another_kind_is_refused_by_name(pipe):
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -316,6 +316,11 @@ def test_a_pipeline_of_inference_tensors_is_edited_examined_and_given_back(kind)
     edit.apply(pipe)
     twin = copy.deepcopy(pipe.text_encoder.encoder.layers[1].self_attn.out_proj._loco_edits)
     assert twin and not torch.is_inference(twin[0].saved)
+    if kind is a_map:
+        assert loco.diagnose(pipe, edit).changes.keys() == edit.changes.keys()
+        assert all(
+            torch.equal(weight(pipe, n), edit.changes[n].apply_to(before[n])) for n in before
+        )
     edit.revert(pipe)
     assert same(seen(pipe), before)
 

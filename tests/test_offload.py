@@ -91,3 +91,19 @@ def test_an_edit_reaches_the_weights_of_networks_that_come_and_go():
         with loco.locoedit(pipe, GOGH, layers=[8]).applied(pipe):
             pictures.append(loco.generate(pipe, PROMPTS, steps=2))
     assert torch.equal(*pictures)
+
+
+def test_attributions_of_networks_that_come_and_go_are_the_same():
+    plain = build_tiny_sd()
+    wanted = loco.attribute(plain, GOGH, steps=2)
+    away = by_network(build_tiny_sd())
+    found = loco.attribute(away, GOGH, steps=2)
+    assert found == wanted
+    seen = [loco.inside.fidelity(pipe, wanted, 4, share=0.01) for pipe in (plain, away)]
+    assert torch.equal(seen[0].true, seen[1].true)
+    assert loco.attribute(away, GOGH, steps=2) == wanted  # nothing was left knocked out
+
+
+def test_attributions_of_weights_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="is offloaded: load the pipeline without"):
+        loco.attribute(sequential(build_tiny_sd()), GOGH, steps=2)

@@ -100,7 +100,13 @@ def scored(
             + f": choose from {', '.join(WHERE)}, or pass names such as "
             f"{component}. ... .weight"
         )
-    return {name: editable(pipe, name).weight for name in dict.fromkeys(names)}
+    weights: dict[str, Any] = {n: editable(pipe, n).weight for n in dict.fromkeys(names)}
+    if frozen := [name for name, weight in weights.items() if weight.is_inference()]:
+        raise ValueError(
+            f"{frozen[0]} was made under torch.inference_mode() and can have no gradient: load the "
+            "pipeline outside of it"
+        )
+    return weights
 
 
 def rows_of(concept: Concept, settings: Mapping[str, Any]) -> list[objectives.Row]:
