@@ -14,6 +14,7 @@ import torch
 from common import arguments, finish, with_peak
 
 import loco_core as loco
+from loco_core.inside.kept import Kept
 from loco_core.inside.ranking import QUOTAS
 from loco_core.records import Provenance
 
@@ -27,7 +28,9 @@ def scored() -> loco.Attribution:
     alpha = {f"unet.{i}.weight": torch.randn(s, generator=generator) for i, s in enumerate(SHAPES)}
     concept = loco.Concept("star", "object", ["a star"], ["a thing"])
     made = Provenance("stub", None, "", {"objective": "erase", "images": False})
-    return loco.Attribution(concept, alpha, dict.fromkeys(alpha, "0:0"), 1.0, (), made)
+    return loco.Attribution(
+        concept, Kept.of(alpha, 1.0), dict.fromkeys(alpha, "0:0"), 1.0, (), made
+    )
 
 
 def main() -> int:

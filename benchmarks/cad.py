@@ -81,7 +81,7 @@ def asked_of(name: str, setting: dict, args: argparse.Namespace) -> tuple[loco.C
 def attribution(pipe, name: str, setting: dict, args: argparse.Namespace) -> loco.Attribution:
     """Attribution of one object in a setting."""
     asked, settings = asked_of(name, setting, args)
-    return loco.attribute(pipe, asked, **settings)
+    return loco.attribute(pipe, asked, keep="all", **settings)
 
 
 def erasing(pipe, name: str, setting: dict, args: argparse.Namespace) -> loco.Edit:
@@ -254,7 +254,7 @@ def calls(pipe, args: argparse.Namespace) -> dict:
 def gradients(args: argparse.Namespace) -> dict:
     """The largest relative difference to central differences, over random entries."""
     pipe = loco.load(args.model, dtype=torch.float64)
-    parts = loco.attribute(pipe, concept("object", OBJECTS[0], 1), steps=3)
+    parts = loco.attribute(pipe, concept("object", OBJECTS[0], 1), steps=3, keep="all")
     settings = parts.provenance.settings
     rows = rows_of(parts.concept, settings)
     (steps,) = batches(pipe, rows, settings, None, 4, lambda: None)

@@ -146,7 +146,7 @@ settings = dict(
     steps=steps,
     batch_size=8,
 )
-parts = loco.attribute(pipe, concept, **settings)
+parts = loco.attribute(pipe, concept, keep="all", **settings)
 edits = {
     f"{k} x {share:.0%}": parts.erase(
         share, quota="matrix", rounds=k, pipe=pipe
@@ -245,7 +245,7 @@ one = replace(
     neutral=concept.neutral[:1],
     target=None,
 )
-first = loco.attribute(pipe, one, steps=4)
+first = loco.attribute(pipe, one, steps=4, keep="all")
 checked = fidelity(pipe, first, ablations)
 pd.Series(
     {

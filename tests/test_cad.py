@@ -36,7 +36,7 @@ def pipe():
 def shared():
     """A pipeline that no test changes, and its attribution."""
     pipe = doubled(build_tiny_sd())
-    return pipe, loco.attribute(pipe, STAR, steps=STEPS)
+    return pipe, loco.attribute(pipe, STAR, steps=STEPS, keep="all")
 
 
 @torch.no_grad()
@@ -187,9 +187,9 @@ def test_sum_of_alpha_predicts_small_knock_outs_and_the_sign_is_right(shared, me
 
 @pytest.mark.parametrize("where", ["ff", "attention", "cross-attention", "conv"])
 def test_a_batch_of_rows_and_a_subset_of_weights_change_no_alpha(pipe, where):
-    one = loco.attribute(pipe, TWO, where=where, steps=2, batch_size=1)
+    one = loco.attribute(pipe, TWO, where=where, steps=2, batch_size=1, keep="all")
     name = next(iter(one.alpha))
-    other = loco.attribute(pipe, TWO, where=[name], steps=2, batch_size=8)
+    other = loco.attribute(pipe, TWO, where=[name], steps=2, batch_size=8, keep="all")
     assert list(other.alpha) == [name]
     torch.testing.assert_close(one.alpha[name], other.alpha[name], rtol=1e-6, atol=1e-12)
 
@@ -232,11 +232,11 @@ def test_pipeline_and_its_flags_are_left_as_they_were(pipe):
             and not pipe.unet._forward_hooks
         )
 
-    parts = loco.attribute(pipe, STAR, steps=2)
+    parts = loco.attribute(pipe, STAR, steps=2, keep="all")
     fidelity(pipe, parts, 4)
     assert left_alone()
     with torch.inference_mode():
-        assert loco.attribute(pipe, STAR, steps=2) == parts
+        assert loco.attribute(pipe, STAR, steps=2, keep="all") == parts
     calls = []
 
     def fails(module, args):
@@ -312,6 +312,43 @@ def test_controls_take_as_many_by_another_order(shared, by):
             parts.erase(by=by, pipe=doubled(build_tiny_sd(seed=3)))
 
 
+@pytest.mark.parametrize("keep", [0.05, 0.3])
+def test_the_best_that_are_kept_make_the_edits_of_all(shared, keep, tmp_path):
+    pipe, whole = shared
+    parts = loco.attribute(pipe, STAR, steps=STEPS, keep=keep)
+    assert len(parts) == len(whole) and parts.to_frame().equals(whole.to_frame())
+    for method in ("erase", "amplify"):
+        # of all together, small matrices may hold more of the best than was kept of them
+        for quota in ("row", "matrix", "all") if keep > 0.1 else ("row", "matrix"):
+            for ratio in (1e-3, keep / (20 if quota == "all" else 4)):
+                for by in ("attribution", "random", "weight"):
+                    made = [getattr(p, method)(ratio, quota=quota, by=by, pipe=pipe)
+                            for p in (parts, whole)]  # fmt: skip
+                    assert made[0].changes == made[1].changes
+    for name, scores in parts.alpha.items():
+        there = scores != 0
+        assert torch.equal(scores[there], whole.alpha[name][there]) and there.float().mean() < 1
+    parts.save(tmp_path / "best")
+    assert loco.Attribution.load(tmp_path / "best") == parts
+    size = (tmp_path / "best" / "attribution.safetensors").stat().st_size
+    assert size < 4 * keep * len(whole) * 12 + 40_000
+
+
+def test_what_was_not_kept_is_asked_for_by_name(shared):
+    pipe, _ = shared
+    parts = loco.attribute(pipe, STAR, steps=STEPS, keep=0.02)
+    for quota in ("row", "matrix", "all"):
+        with pytest.raises(ValueError, match=f"ratio=0.5 by quota='{quota}' .* a larger keep="):
+            parts.erase(0.5, quota=quota)
+    with pytest.raises(ValueError, match='by="gradient" needs every alpha: .*keep="all"'):
+        parts.erase(1e-3, by="gradient", pipe=pipe)
+    with pytest.raises(ValueError, match='fidelity needs every alpha: .*keep="all"'):
+        fidelity(pipe, parts, 4)
+    for keep in (0, 1.5, "best", True):
+        with pytest.raises(ValueError, match=f'keep={keep!r}: choose "all", or a share'):
+            loco.attribute(pipe, STAR, steps=2, keep=keep)
+
+
 def test_every_round_is_attributed_with_the_weights_of_those_before_at_zero(pipe):
     before = state(pipe)
     edit = erase_in_rounds(pipe, STAR, 0.01, rounds=2, steps=STEPS)
@@ -381,7 +418,7 @@ def test_a_loss_that_is_not_finite_is_refused(pipe):
 def test_an_alpha_that_is_not_finite_is_refused_by_the_name_of_its_weight(pipe):
     name = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
     handle = module_of(pipe, name).weight.register_hook(lambda grad: grad * torch.nan)
-    with pytest.raises(ValueError, match=f"alpha of 1 weights, such as {name}, is not finite"):
+    with pytest.raises(ValueError, match=f"alpha of {name} is not finite"):
         loco.attribute(pipe, STAR, steps=2)
     handle.remove()
 

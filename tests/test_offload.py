@@ -95,13 +95,13 @@ def test_an_edit_reaches_the_weights_of_networks_that_come_and_go():
 
 def test_attributions_of_networks_that_come_and_go_are_the_same():
     plain = build_tiny_sd()
-    wanted = loco.attribute(plain, GOGH, steps=2)
+    wanted = loco.attribute(plain, GOGH, steps=2, keep="all")
     away = by_network(build_tiny_sd())
-    found = loco.attribute(away, GOGH, steps=2)
+    found = loco.attribute(away, GOGH, steps=2, keep="all")
     assert found == wanted
     seen = [loco.inside.fidelity(pipe, wanted, 4, share=0.01) for pipe in (plain, away)]
     assert torch.equal(seen[0].true, seen[1].true)
-    assert loco.attribute(away, GOGH, steps=2) == wanted  # nothing was left knocked out
+    assert loco.attribute(away, GOGH, steps=2, keep="all") == wanted  # nothing was left knocked out
 
 
 def test_attributions_of_weights_that_are_not_there_are_refused():

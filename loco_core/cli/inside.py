@@ -160,10 +160,12 @@ def attribute(
     asked |= {"against": against, "quota": quota}
     asked = read.filled(asked, PUBLISHED_CAD if as_published else _working(work, objective, by))
     images = image and read.pictures(image)
+    whole = keep or fidelity or by == "gradient" or asked["quota"] == "all"
     parts = loco.attribute(
         work.pipe, meant, where=where, layers=chosen, objective=objective, images=images,
         measure=asked["measure"], against=asked["against"], preserve=read.lines(preserve or ()),
         seeds=read.numbers(seeds), steps=steps, guidance=guidance, batch_size=batch_size,
+        keep="all" if whole else min(1.0, 4 * asked["ratio"]),
     )  # fmt: skip
     how = {"by": by, "quota": asked["quota"], "seed": control_seed, "pipe": work.pipe}
     if objective == "erase":

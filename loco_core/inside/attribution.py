@@ -7,6 +7,7 @@ Zeroing the most positive erases the concept, zeroing the most negative amplifie
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,12 +26,10 @@ from ..families.checks import whole_number
 from ..painting.fit import checked_batch_size
 from ..painting.picture import Sampling, checked_seeds
 from . import cad, objectives
-from .orders import chance, signed, sizes, slopes
-from .ranking import QUOTAS, Ranking
+from .kept import BEST, Kept, Scores
+from .orders import first
 
 __all__ = ["Attribution", "attribute"]
-
-BY = ("attribution", "random", "weight", "gradient")
 
 
 def attribute(
@@ -48,6 +47,7 @@ def attribute(
     steps: int = 25,
     guidance: float = 3.0,
     batch_size: int = 4,
+    keep: float | str = BEST,
 ) -> Attribution:
     """Score weights of the denoiser by what they do for `concept`: alpha = w dJ/dw (see `cad`).
 
@@ -63,7 +63,9 @@ def attribute(
     spared (for "erase"; against "neutral", each is compared with the twin of the prompt in its
     place). measure: "epsilon", as in the paper, "v_prediction" or "sample", see `objectives`.
     seeds: of the noise. guidance: of the trajectories, > 1.
-    batch_size: rows (a prompt and a seed) of one backward pass.
+    batch_size: rows (a prompt and a seed) of one backward pass. keep: the share of each sign whose
+    alphas are kept, the largest of every matrix and row, as `erase` may be asked for; "all" for
+    `fidelity` and the gradient control. Sums are of all.
 
     Cost per batch of rows: `steps` guided calls of the denoiser and `steps` of the conditional
     rows, with a backward pass each. Peak memory beside the model: the activations of one such pass,
@@ -84,6 +86,9 @@ def attribute(
     ):
         if choice not in choices:
             raise ValueError(f"{label}={choice!r}: choose from {', '.join(choices)}")
+    share = 1.0 if keep == "all" else keep
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f'keep={keep!r}: choose "all", or a share of the weights in (0, 1]')
     seeds = checked_seeds(seeds)
     sampling = Sampling(steps, guidance).checked(family_of(pipe))
     steps = sampling.steps
@@ -106,10 +111,10 @@ def attribute(
         "scheduler": type(pipe.scheduler).__name__,
     }
     cad.check_images(concept, images, objective, preserve)
-    J, alpha = cad.alphas(pipe, concept, settings, images, batch_size)
+    J, kept = cad.alphas(pipe, concept, settings, images, batch_size, share)
     return Attribution(
         concept=concept,
-        alpha=alpha,
+        kept=kept,
         marks={name: fingerprint(weight) for name, weight in weights.items()},
         J=J,
         layer_names=tuple(layer.name for layer in family_of(pipe).text_layers),
@@ -121,14 +126,14 @@ def attribute(
 class Attribution:
     """What every scored weight does for a concept. Everything lives on the CPU.
 
-    alpha: weight name -> w dJ/dw, at least float32, in the shape of the weight: positive where it
-    serves the concept, negative where it holds it back. marks: weight name -> fingerprint of the
+    kept: of alpha, w dJ/dw, at least float32: positive where a weight serves the concept, negative
+    where it holds it back (see `Kept`). marks: weight name -> fingerprint of the
     weight that was scored. J: the objective, of the model as it is. layer_names: of the text
     layers, in order.
     """
 
     concept: Concept
-    alpha: Mapping[str, Tensor]
+    kept: Kept
     marks: Mapping[str, str]
     J: float
     layer_names: tuple[str, ...]
@@ -138,7 +143,12 @@ class Attribution:
         return isinstance(other, Attribution) and records.same(self, other)
 
     def __len__(self) -> int:
-        return sum(scores.numel() for scores in self.alpha.values())
+        return sum(map(math.prod, self.kept.shapes.values()))
+
+    @property
+    def alpha(self) -> Mapping[str, Tensor]:
+        """Weight name -> alpha in the shape of the weight; 0 where it was not kept."""
+        return Scores(self.kept)
 
     def __repr__(self) -> str:
         made = self.provenance
@@ -177,8 +187,8 @@ class Attribution:
         count = whole_number(rounds, 1, 1000)
         if count is None:
             raise ValueError(f"rounds={rounds!r}: choose a whole number, at least 1")
-        first = self._zeroed("erase", 1.0, ratio, by, quota, seed, pipe)
-        return first if count == 1 else self._again(first, ratio, by, quota, count, pipe)
+        made = self._zeroed("erase", 1.0, ratio, by, quota, seed, pipe)
+        return made if count == 1 else self._again(made, ratio, by, quota, count, pipe)
 
     def amplify(
         self,
@@ -201,11 +211,9 @@ class Attribution:
         import pandas
 
         table = []
-        for name, scores in self.alpha.items():
-            wide = scores.double()
-            up, down = wide.clamp_min(0).sum().item(), wide.clamp_max(0).sum().item()
-            entries = [name, self._layer(name), scores.numel(), up, down, up + down]
-            table.append(entries)
+        for name, (up, down) in self.kept.sums.items():
+            size = math.prod(self.kept.shapes[name])
+            table.append([name, self._layer(name), size, up, down, up + down])
         columns = ["weight", "layer", "entries", "positive", "negative", "net"]
         frame = pandas.DataFrame(table, columns=columns)
         return frame.sort_values("layer", kind="stable").set_index("weight")
@@ -213,7 +221,7 @@ class Attribution:
     def save(self, folder: str | Path) -> None:
         """Write `attribution.safetensors`, whole or not at all.
 
-        A number an entry: `Edit.save` of what `erase` makes is a thousandth of it.
+        Two numbers for each alpha that was kept, one with keep="all".
         """
         records.save(self, folder, "attribution")
 
@@ -222,28 +230,18 @@ class Attribution:
         """What `save` wrote, equal to what was saved; refuses a damaged file."""
         return records.load(cls, folder, "attribution", older=_of_two_files)
 
+    def whole(self, what: str) -> None:
+        """Raise ValueError unless all alphas are kept, which `what` needs."""
+        if self.kept.share < 1:
+            raise ValueError(f'{what} needs every alpha: attribute(..., keep="all")')
+
     def _zeroed(
         self, method: str, sign: float, ratio: float, by: str, quota: str, seed: int, pipe: Any
     ) -> Edit:
-        for label, choice, choices in (("by", by, BY), ("quota", quota, QUOTAS)):
-            if choice not in choices:
-                raise ValueError(f"{label}={choice!r}: choose from {', '.join(choices)}")
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise ValueError(
-                f"ratio {ratio!r} is not in (0, 1]: it is a share of the weights; the paper's "
-                "is 0.001"
-            )
-        orders = {
-            "attribution": lambda: signed(self.alpha, sign),
-            "random": lambda: chance(self.alpha, seed),
-            "weight": lambda: sizes(self, pipe),
-            "gradient": lambda: slopes(self, pipe),
-        }
-        counts = Ranking(orders["attribution"], quota, above=0.0).counts(ratio)
-        found = Ranking(orders[by], quota).top(counts)
+        found = first(self, sign, ratio, by=by, quota=quota, seed=seed, pipe=pipe)
         if not found:
             raise ValueError(f"no weight has the sign that {method} zeroes: every alpha is 0")
-        shapes = {name: tuple(scores.shape) for name, scores in self.alpha.items()}
+        shapes = self.kept.shapes
         settings = {"method": f"cad {method}", "ratio": float(ratio), "by": by, "quota": quota}
         settings |= {"seed": seed} if by == "random" else {}
         return self._edit({n: Knockout(shapes[n], at) for n, at in found.items()}, settings)
@@ -270,7 +268,9 @@ class Attribution:
         with ExitStack() as stack:
             stack.enter_context(first.applied(pipe))
             for _ in range(rounds - 1):
-                parts = attribute(pipe, self.concept, layers=made["text_layers"], **asked)
+                parts = attribute(
+                    pipe, self.concept, layers=made["text_layers"], keep=self.kept.share, **asked
+                )
                 edit = parts.erase(ratio, quota=quota)
                 stack.enter_context(edit.applied(pipe))
                 for name, change in edit.changes.items():
@@ -288,7 +288,7 @@ def _of_two_files(header: dict[str, Any], tensors: dict[str, Tensor]) -> Attribu
     """From a record of 0.3."""
     return Attribution(
         concept=Concept(**header["concept"]),
-        alpha={name: tensors[f"alpha.{name}"] for name in header["names"]},
+        kept=Kept.of({name: tensors[f"alpha.{name}"] for name in header["names"]}, 1.0),
         marks={name: fingerprint(tensors[f"weight.{name}"]) for name in header["names"]},
         J=header["J"],
         layer_names=tuple(header["layer_names"]),

@@ -27,6 +27,7 @@ from ..families.checks import PLAIN
 from ..families.running import plain
 from ..families.sites import kind_around
 from . import objectives
+from .kept import Kept
 
 __all__ = ["AGAINST", "WHERE", "alphas", "batches", "check_images", "rows_of", "scored"]
 
@@ -46,8 +47,9 @@ def alphas(
     settings: Mapping[str, Any],
     images: Tensor | None,
     batch_size: int,
-) -> tuple[float, dict[str, Tensor]]:
-    """(J, weight name -> w dJ/dw on the CPU) of the weights and the objective that `settings` name.
+    share: float,
+) -> tuple[float, Kept]:
+    """J, and of w dJ/dw what `share` keeps, of the weights and the objective that `settings` name.
 
     Raises ValueError if J is not finite, or an alpha, by the name of its weight.
     """
@@ -58,18 +60,28 @@ def alphas(
         made = batches(pipe, rows, settings, images, batch_size, progress.update)
         steps = (step for part in made for step in part)
         J, sums = objectives.gradients(denoiser, steps, weights, progress.update)
-    found = {}
-    for name in list(sums):
-        grad = sums.pop(name)
-        found[name] = grad.mul_(weights[name].detach().to(grad)).cpu()
-    wrong = [name for name, alpha in found.items() if not alpha.isfinite().all()]
-    if not math.isfinite(J) or wrong:
-        what = f"alpha of {len(wrong)} weights, such as {wrong[0]}," if wrong else f"J = {J}"
-        raise ValueError(
-            f"{what} is not finite in {settings['dtype']}: load the pipeline, or the part of it "
-            "that overflows, in bfloat16 or float32"
-        )
-    return J, found
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for name in list(sums):
+            alpha = _times(sums.pop(name), weights[name]).cpu()
+            if not alpha.isfinite().all():
+                raise ValueError(_overflow(f"alpha of {name}", settings))
+            yield name, alpha
+
+    if not math.isfinite(J):
+        raise ValueError(_overflow(f"J = {J}", settings))
+    return J, Kept.of(each(), share)
+
+
+def _times(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.mul_(weight.detach().to(grad))
+
+
+def _overflow(what: str, settings: Mapping[str, Any]) -> str:
+    return (
+        f"{what} is not finite in {settings['dtype']}: load the pipeline, or the part of it that "
+        "overflows, in bfloat16 or float32"
+    )
 
 
 def scored(

@@ -65,6 +65,7 @@ def fidelity(
         )
     if not 0 < share <= 1:
         raise ValueError(f"share {share!r} is not in (0, 1]: it is a share of the weights")
+    parts.whole("fidelity")
     settings = parts.provenance.settings
     if settings["images"] != (images is not None):
         raise ValueError(f"{parts!r} was made with images={settings['images']}: pass the same ones")
@@ -72,6 +73,7 @@ def fidelity(
     for name, weight in weights.items():
         if not is_of(weight, parts.marks[name]):
             raise ValueError(f"{parts!r} is of other weights than those of this pipeline ({name})")
+    alpha = dict(parts.alpha)
     denoiser = plain(family_of(pipe).denoiser)
     rows, generator = rows_of(parts.concept, settings), torch.Generator().manual_seed(seed)
     predicted, true = torch.zeros(2, ablations, dtype=torch.float64)
@@ -85,7 +87,7 @@ def fidelity(
                 for name, weight in weights.items():
                     drawn = max(1, round(share * weight.numel()))
                     chosen = torch.randint(weight.numel(), (drawn,), generator=generator).unique()
-                    predicted[k] -= parts.alpha[name].take(chosen).double().sum()
+                    predicted[k] -= alpha[name].take(chosen).double().sum()
                     kept[name] = chosen, weight.take(chosen.to(weight.device))
                     weight.put_(chosen.to(weight.device), torch.zeros_like(kept[name][1]))
                 true[k] = objectives.value(denoiser, steps) - before
