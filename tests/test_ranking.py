@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from loco_core.inside.kept import Kept, Scores
 from loco_core.inside.ranking import Ranking
 
 SHAPES = {"a": (6, 40), "b": (3, 7), "c": (5, 4, 3, 3), "d": (1, 1)}
@@ -57,6 +58,27 @@ def test_a_control_takes_as_many_of_every_group(quota):
         assert sum(map(len, own.values())) == sum(map(len, other.values()))
     else:
         assert {n: len(x) for n, x in own.items()} == {n: len(x) for n, x in other.items()}
+
+
+@pytest.mark.parametrize("share", [0.07, 0.12, 0.28, 0.5])
+def test_what_was_not_kept_is_never_passed_over(share):
+    """Of all together, the best that are kept are the best of all, or said not to be known."""
+    refused = 0
+    for seed in range(60):
+        given = {n: x.abs() for n, x in scores(seed).items()}
+        given["a"] *= seed % 7  # one matrix holds most of the best, or none
+        given["e"] = torch.arange(1, 101.0).view(1, 100) + 1000 * (seed % 2)
+        kept = Kept.of(given, share)
+        for ratio in (0.01, 0.04, 0.05, 0.06, 0.2):
+            some, whole = (Ranking(x.items, "all", above=0.0) for x in (Scores(kept), given))
+            found, wanted = (ranking.top(ranking.counts(ratio)) for ranking in (some, whole))
+            if kept.covers(ratio, "all", found, 1.0):
+                assert {n: x.tolist() for n, x in found.items()} == {
+                    n: x.tolist() for n, x in wanted.items()
+                }
+            else:
+                refused += 1
+    assert 0 < refused < 300
 
 
 def test_half_precision_ties_take_no_more_than_asked():

@@ -65,7 +65,7 @@ def attribute(
     seeds: of the noise. guidance: of the trajectories, > 1.
     batch_size: rows (a prompt and a seed) of one backward pass. keep: the share of each sign whose
     alphas are kept, the largest of every matrix and row, as `erase` may be asked for; "all" for
-    `fidelity` and the gradient control. Sums are of all.
+    `fidelity`, the gradient control, and quota="all" where one matrix holds most. Sums are of all.
 
     Cost per batch of rows: `steps` guided calls of the denoiser and `steps` of the conditional
     rows, with a backward pass each. Peak memory beside the model: the activations of one such pass,

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .ranking import Ranking
+from .ranking import Ranking, share_of
 
 __all__ = ["BEST", "Kept"]
 
@@ -65,7 +65,7 @@ class Kept:
         if self.share == 1 or quota != "all":
             return ratio <= self.share
         for name, indices in chosen.items():
-            sure = math.ceil(self.share * math.prod(self.shapes[name]))
+            sure = share_of(self.share, math.prod(self.shapes[name]))
             if len(indices) >= sure and int((sign * self.values[name] > 0).sum()) >= sure:
                 return False  # there may be more that were not kept
         return True

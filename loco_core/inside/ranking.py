@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QUOTAS", "Ranking"]
+__all__ = ["QUOTAS", "Ranking", "share_of"]
 
 QUOTAS = ("row", "matrix", "all")
 PIECE = 1 << 20  # scores that are sorted at a time
@@ -53,8 +53,7 @@ class Ranking:
             every, size = sum(n.sum() for n in takeable.values()), sum(sizes.values())
             takeable, sizes = {"": torch.as_tensor(every).view(1)}, {"": size}
         return {
-            name: found.clamp_max(math.ceil(ratio * sizes[name] - 1e-9))
-            for name, found in takeable.items()
+            name: found.clamp_max(share_of(ratio, sizes[name])) for name, found in takeable.items()
         }
 
     def top(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,6 +87,11 @@ class Ranking:
             left -= level
             shares[name] = torch.tensor([above[name] + level])
         return shares
+
+
+def share_of(ratio: float, size: int) -> int:
+    """How many of `size` units a share is, rounded up: 0.07 of 100 is 7, though 0.07 * 100 > 7."""
+    return math.ceil(ratio * size - 1e-9)
 
 
 def _groups(x: Tensor, quota: str) -> Tensor:
