@@ -387,7 +387,7 @@ import time
 from loco_core.painting.engines import engine
 
 def slow(item):
-    print("began", flush=True)
+    print("began\\n", end="", flush=True)  # at once, beside the other
     time.sleep(60)
 
 if __name__ == "__main__":
@@ -404,6 +404,7 @@ def script(folder: Path, text: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import loco_core as loco
 from loco_core import digests, records
+from loco_core.edits.weights import fingerprint
+from loco_core.inside.kept import Kept
 
 ROOT = Path(records.__file__).parents[1]
 
@@ -259,7 +261,8 @@ ROW = torch.randn(4).double()
 RESULTS = [
     loco.Neurons(STAR, tuple(W), (8, 9), (2, 2), ("1" * 16,) * 2, ROW, ROW + 1, ROW - 1,
                  torch.tensor([2, 0, 1, 3]), MADE),
-    loco.Attribution(STAR, W, {k: v + 1 for k, v in W.items()}, 0.5, ("a", "b"), MADE),
+    loco.Attribution(STAR, Kept.of(W, 1.0), {k: fingerprint(v + 1) for k, v in W.items()}, 0.5,
+                     ("a", "b"), MADE),
     loco.Evaluation(STAR, ("no edit", "edit"), PROBES, False, torch.rand(2, 1, 3).double(),
                     torch.randint(0, 256, (2, 1, 3, 4, 4)) / 255, MADE),
 ]  # fmt: skip
@@ -274,9 +277,9 @@ def test_every_result_comes_back_from_one_file_and_from_the_two_of_before(result
     header = {f.name: getattr(result, f.name) for f in fields(result)}
     tensors = {k: header.pop(k) for k, x in [*header.items()] if isinstance(x, Tensor)}
     if kind == "attribution":
-        header["names"] = list(W)
-        for name, prefix in (("alpha", "alpha"), ("weights", "weight")):
-            tensors |= {f"{prefix}.{k}": v for k, v in header.pop(name).items()}
+        header = {k: v for k, v in header.items() if k not in ("kept", "marks")} | {"names": [*W]}
+        tensors = {f"alpha.{k}": v for k, v in W.items()}
+        tensors |= {f"weight.{k}": v + 1 for k, v in W.items()}
     if kind == "evaluation":
         tensors["images"] = (tensors["images"] * 255).round().to(torch.uint8)
     plain = json.loads(json.dumps(header, default=vars))

@@ -239,7 +239,7 @@ def _tenth(pipe: Any, meant: Any, asked: Mapping[str, Any]) -> float:
     keys, recipe = loco.closed_form.keys, loco.closed_form.recipe.recipe
     made = recipe(
         "locoedit", model.name, meant, {}, tokens=asked.get("tokens", "eos"),
-        target=asked.get("target"), preserve=(), null_space=None, scales=(1.0, 1.0),
+        target=asked.get("target"),
     )  # fmt: skip
     return float(f"{keys.squared_length(model, made) / 10:.3g}")
 

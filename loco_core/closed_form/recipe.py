@@ -69,10 +69,10 @@ def recipe(
     lam: Mapping[str, float],
     *,
     tokens: str,
-    target: str | Sequence[str] | None,
-    preserve: Sequence[str],
-    null_space: Sequence[str] | None,
-    scales: tuple[float, float],
+    target: str | Sequence[str] | None = None,
+    preserve: Sequence[str] = (),
+    null_space: Sequence[str] | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
     **place: Any,
 ) -> Recipe:
     """A Recipe of what a user asks for.
