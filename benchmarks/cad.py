@@ -351,6 +351,7 @@ def main() -> int:
     loco.progress(not args.json)
     result = measure(args)
     n = {"objects": len(args.objects), "captions an object": args.count, "seeds": 1}
+    n |= {"prompts of an attribution": args.prompts, "captions, amplified": args.amplify_count}
     n |= {"ablations": args.ablations, "entries": args.entries}
     return finish(args, result, n=n, text=_text(result, args.parts))
 

@@ -154,6 +154,7 @@ def main() -> int:
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         result = measure(args)
     n = {"styles": len(STYLES), "captions a style": args.count, "seeds": 1}
+    n |= {"prompts of an edit": args.prompts}
     tables = [pd.DataFrame(result["alone"]), pd.DataFrame(result["means"]).T,
               pd.DataFrame(result["at_once"]), pd.DataFrame(result["bars"]).T]  # fmt: skip
     return finish(args, result, n=n, text="\n".join(x.round(3).to_string() for x in tables))

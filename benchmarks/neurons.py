@@ -3,8 +3,8 @@
     python benchmarks/neurons.py --record results/neurons.json
 
 First a way to rank them is chosen, on captions of the training split: of all in `RANKINGS` the one
-with which a tenth of the neurons leaves least of a few styles. Only it, and the paper's, is then
-asked of held-out captions, none of which had a part in the choice.
+with which a tenth of the neurons leaves least of a few styles; objects are ranked by it, too. Only
+it, and the paper's, is then asked of held-out captions, none of which had a part in the choice.
 
 For every style and a few objects: the judge's rate of the concept, of the other names of its kind,
 and of what else the same pictures show, with the first k neurons of the planted layers held at
@@ -237,7 +237,9 @@ def main() -> int:
         means.groupby(["kind", "what", "k"], dropna=False).mean(),
     ]
     text = "\n".join(table.round(3).to_string() for table in tables)
-    return finish(args, result, n=n | {"seeds": 1}, text=f"{text}\n{result['bar']}")
+    n |= {"seeds": 1, "prompts of a ranking": args.prompts}
+    n |= {"styles to choose by": len(args.choose), "training captions each": args.choose_count}
+    return finish(args, result, n=n, text=f"{text}\n{result['bar']}")
 
 
 if __name__ == "__main__":
