@@ -8,7 +8,7 @@ PROFILE ?= mini
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
-TWO    := -n 2 --dist loadfile
+TWO    := -n 2 --dist loadfile --no-loadscope-reorder
 NBVAL  := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg
 
 # A half-written target (an interrupted install) must not look finished.
