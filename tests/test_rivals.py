@@ -113,6 +113,12 @@ def test_what_has_no_rivals_is_refused(pipe, edit):
         loco.rivals(build_tiny_sd(seed=3), edit, "noise")
 
 
+def test_an_edit_that_changes_nothing_has_no_rivals(pipe):
+    same = loco.locoedit(pipe, GOGH, [8], target=list(GOGH.prompts))
+    with pytest.raises(ValueError, match="changes nothing: there is nothing to be as large as"):
+        loco.rivals(pipe, same)
+
+
 def test_evaluate_takes_rivals_by_name(pipe, edit):
     probes = [
         loco.judging.Probe("a circle by van gogh", "efficacy", "style", "van gogh", wanted=False)
@@ -124,3 +130,5 @@ def test_evaluate_takes_rivals_by_name(pipe, edit):
     asked = dict(probes=probes, judge=judge, seeds=[0], steps=1)
     made = loco.evaluate(pipe, edit, GOGH, rivals=["destroyer", "noise"], **asked)
     assert list(made.summary().index) == ["no edit", "edit", "destroyer", "noise"]
+    alone = loco.evaluate(pipe, edit, GOGH, rivals="destroyer", **asked)
+    assert list(alone.summary().index) == ["no edit", "edit", "destroyer"]

@@ -67,6 +67,8 @@ def rivals(
             f"{edit!r} knocks out single entries, such as of {sparse[0]}: its rivals are "
             'parts.erase(by="random" | "weight" | "gradient")'
         )
+    if _norm(pipe, edit) == 0:
+        raise ValueError(f"{edit!r} changes nothing: there is nothing to be as large as")
     found: dict[str, Edit] = {}
     if edit.provenance.settings.get("layers"):
         if "random window" in among:

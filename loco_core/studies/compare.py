@@ -51,7 +51,7 @@ def _rivals(
     pipe: Any, edit: Edit, asked: bool | Sequence[str], seed: int, windows: int
 ) -> dict[str, Edit]:
     if asked is not True:
-        return rivals_of(pipe, edit, list(asked or ()), seed=seed, windows=windows)
+        return rivals_of(pipe, edit, asked or (), seed=seed, windows=windows)
     if "layers" not in edit.provenance.settings:
         return {}
     return rivals_of(pipe, edit, ELSEWHERE, seed=seed, windows=windows, equal_norm=False)

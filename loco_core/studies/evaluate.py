@@ -48,7 +48,7 @@ def evaluate(
     probes: Sequence[Probe] | None = None,
     judge: Judge | Callable[[Tensor], Mapping[str, Sequence[str]]] | None = None,
     clip: Clip | None = None,
-    rivals: bool = True,
+    rivals: bool | Sequence[str] = True,
     seeds: Iterable[int] = range(2),
     steps: int = 25,
     guidance: float = 7.5,
@@ -68,7 +68,8 @@ def evaluate(
     by default the CLIP of a mini. rivals: compare one edit of text layers also with itself in all
     layers and in a random window of as many adjacent ones that has none of its own, drawn by
     window_seed; windows: in so many of them, whose rows tell how much one draw is worth. An edit of
-    something else, of a text encoder or composed, has no rival but "no edit". size: (height, width)
+    something else, of a text encoder or composed, has no rival then but "no edit". Or names of
+    rivals, see `closed_form.rivals`: ["destroyer", "noise"]. size: (height, width)
     in pixels. folder: a store of pictures, one for all edits; an evaluation that was killed goes on
     from them with the same result. batch_size, map: as in `painting.paint`. Pictures are judged as
     they come, a few at a time.
