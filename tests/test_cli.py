@@ -413,6 +413,7 @@ def damaged(ran, home):
 
 LOCALIZE = "localize mini-sd --steps 1 --seeds 0 --prompts 1 --out new --concept"
 GENERATE = 'generate mini-sd --prompt "a star" --steps 1 --seeds 0'
+ATTRIBUTE = "attribute mini-sd --concept object:star --layers 6 --prompts 1 --steps 2 --out new"
 
 
 @pytest.mark.parametrize(
@@ -467,6 +468,17 @@ GENERATE = 'generate mini-sd --prompt "a star" --steps 1 --seeds 0'
             2,
             "--lam-k is not for --method quickfix",
         ),
+        (
+            "edit mini-sd --concept object:star --method uce --layers 8 --as-published --out new",
+            2,
+            "--as-published: uce is as published already",
+        ),
+        (f"{ATTRIBUTE} --ratio 0", 2, "--ratio 0.0 is not in (0, 1]"),
+        (f"{ATTRIBUTE} --rounds 0", 2, "--rounds 0: choose a whole number"),
+        (f"{ATTRIBUTE} --objective amplify --rounds 2", 2, "--rounds is for --objective erase"),
+        (f"{ATTRIBUTE} --by random --rounds 2", 2, "--by random has no rounds"),
+        (f"{ATTRIBUTE} --fidelity 2", 2, "a correlation needs 4 knock-outs or more"),
+        ("evaluate mini-sd gone --height 32 --width 32 --out new", 1, "64 x 64 pixels, not of 32"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

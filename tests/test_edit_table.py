@@ -414,6 +414,28 @@ def test_ctrl_c_while_it_is_put_on_or_taken_off_is_undone_or_can_be_done_again(a
     assert same(seen(pipe), before)
 
 
+@pytest.mark.parametrize("at", range(1, 12))
+def test_ctrl_c_while_a_change_is_subtracted_takes_it_off_of_all_weights_or_of_none(
+    at, monkeypatch
+):
+    pipe = build_tiny_sd()
+    wanted, edit = seen(pipe), a_map(pipe)
+    edit.apply(pipe)
+    for name in edit.changes:
+        weight(pipe, name).data.mul_(1.01)
+        wanted[name] = wanted[name] + 0.01 * weight(pipe, name) / 1.01
+    before = seen(pipe)
+    _Stopper(monkeypatch, at)
+    try:
+        edit.revert(pipe, subtract=True)
+    except KeyboardInterrupt:
+        monkeypatch.undo()
+        assert same(seen(pipe), before)
+        edit.revert(pipe, subtract=True)
+    monkeypatch.undo()
+    assert near(seen(pipe), wanted)
+
+
 def test_groups_that_a_stream_carries_are_refused():
     """There is no stream on a CPU: one is put where diffusers puts it."""
     pipe = build_tiny_sd()

@@ -332,6 +332,7 @@ def test_what_a_weight_is_handed_depends_on_what_it_says(either):
     either.call(states[[0, 0]], states[1:], [0, 1], steps=2, guidance=7.5)
     for handle in handles:
         handle.remove()
+    assert either.reads("vae.decoder.conv_in.weight") == "step"
     for name, reads in said.items():
         assert either.reads(name) == reads
         if reads == "prompt":  # the text as encoded, at every step

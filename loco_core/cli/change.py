@@ -86,6 +86,8 @@ def edit(
     meant = meant if concept is None else read.concept_of(work.pipe, concept, prompts)
     if meant is None:
         raise BadParameter("name a --concept, or a --window-from whose concept is meant")
+    if as_published and method != "locoedit":
+        raise BadParameter(f"--as-published: {method} is as published already; leave it out")
     ours = method == "locoedit" and not as_published
     neutral = ours if preserve_neutral is None else preserve_neutral
     kept = read.lines(preserve or ()) + list(meant.neutral if neutral else ())
@@ -102,7 +104,7 @@ def edit(
         "null_space": null_space and read.lines(null_space),
         "target": target and (target[0] if target in (["neutral"], ["target"]) else target),
     }
-    if as_published and method == "locoedit" and tokens is None:
+    if as_published and tokens is None:
         asked["tokens"] = "last"
     function, asked = _fitting(method, asked)
     if ours and lam is None:

@@ -103,7 +103,7 @@ def attribute(
         float | None, Option(help="Share of the weights that each round zeroes: by default 0.03.")
     ] = None,
     rounds: Annotated[
-        int | None, Option(help="Attribute anew with what fell at zero: by default 2 rounds.")
+        int | None, Option(help="Attribute anew with what fell at zero: 2 rounds to erase.")
     ] = None,
     where: Annotated[
         Literal["ff", "attention", "cross-attention", "conv"], Option(help="Weights to score.")
@@ -114,7 +114,7 @@ def attribute(
     ] = None,
     against: Annotated[
         Literal["empty", "neutral"] | None,
-        Option(help="What a prompt is compared with: by default its neutral twin."),
+        Option(help="What a prompt is compared with: to erase, by default its neutral twin."),
     ] = None,
     preserve: o.Preserve = None,
     image: Annotated[
@@ -159,6 +159,7 @@ def attribute(
     asked: dict[str, Any] = {"ratio": ratio, "rounds": rounds, "measure": measure}
     asked |= {"against": against, "quota": quota}
     asked = read.filled(asked, PUBLISHED_CAD if as_published else _working(work, objective, by))
+    _refuse(asked, objective, by, fidelity)
     images = image and read.pictures(image)
     whole = keep or fidelity or by == "gradient" or asked["quota"] == "all"
     parts = loco.attribute(
@@ -170,8 +171,6 @@ def attribute(
     how = {"by": by, "quota": asked["quota"], "seed": control_seed, "pipe": work.pipe}
     if objective == "erase":
         how["rounds"] = asked["rounds"]
-    elif asked["rounds"] != 1:
-        raise BadParameter("--rounds is for --objective erase: leave it out")
     made = getattr(parts, objective)(asked["ratio"], **how)
     made.save(work.folder / "edit.safetensors")
     if keep:
@@ -185,6 +184,20 @@ def attribute(
     column = "positive" if objective == "erase" else "negative"
     largest = frame.loc[frame[column].abs().sort_values(ascending=False).index[:10]]
     return Report(facts, {"weights": rows_of(frame)}, shown=rows_of(largest))
+
+
+def _refuse(asked: dict[str, Any], objective: str, by: str, fidelity: int) -> None:
+    """What would be refused only after the attribution, which takes its time."""
+    if not 0 < asked["ratio"] <= 1:
+        raise BadParameter(f"--ratio {asked['ratio']} is not in (0, 1]: a share of the weights")
+    if asked["rounds"] < 1:
+        raise BadParameter(f"--rounds {asked['rounds']}: choose a whole number, at least 1")
+    if asked["rounds"] > 1 and objective != "erase":
+        raise BadParameter("--rounds is for --objective erase: leave it out")
+    if asked["rounds"] > 1 and by != "attribution":
+        raise BadParameter(f"--by {by} has no rounds: leave --rounds out")
+    if fidelity and fidelity < 4:
+        raise BadParameter(f"--fidelity {fidelity}: a correlation needs 4 knock-outs or more")
 
 
 def _working(work: Work, objective: str, by: str) -> dict[str, Any]:

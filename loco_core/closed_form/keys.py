@@ -26,13 +26,13 @@ PROMPT = "prompt"
 def source_of(model: Model, name: str) -> str:
     """What the weight `name` reads: weights with one source share their keys, and their map.
 
-    Raises ValueError for a weight of the denoiser that reads what the denoiser made of an image.
+    Raises ValueError for a weight that reads what was made of an image.
     """
     reads = model.reads(name)
     if reads == "step":
         raise ValueError(
-            f"{name} reads an activation of the denoiser, other at every step and of every image: "
-            "its keys cannot be known from the prompt alone"
+            f"{name} reads what is made of an image, other for each one and at every step: its "
+            "keys cannot be known from the prompt alone"
         )
     return PROMPT if reads == "prompt" else name
 

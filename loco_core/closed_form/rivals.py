@@ -70,11 +70,11 @@ def rivals(
     if _norm(pipe, edit) == 0:
         raise ValueError(f"{edit!r} changes nothing: there is nothing to be as large as")
     found: dict[str, Edit] = {}
-    if edit.provenance.settings.get("layers"):
+    if own := layers_of(edit):
         if "random window" in among:
             found |= _random_windows(pipe, edit, seed, windows, equal_norm)
         every = range(len(family_of(pipe).text_layers))
-        if "all layers" in among and len(edit.provenance.settings["layers"]) < len(every):
+        if "all layers" in among and len(own) < len(every):
             found["all layers"] = relocated(pipe, edit, every)
     with before_edit(edit, pipe) as weights:
         makers = {"destroyer": _destroyer, "mean": _mean, "noise": _noise}
@@ -92,9 +92,8 @@ def relocated(pipe: Any, edit: Edit, layers: Sequence[int]) -> Edit:
 
         everywhere = relocated(pipe, edit, range(len(loco.text_layers(pipe))))
     """
-    settings = edit.provenance.settings
     maps = {kind_of(name): change for name, change in edit.changes.items()}
-    own = settings.get("layers")
+    own = layers_of(edit)
     if (
         not own
         or not maps.keys() <= {"k", "v"}
@@ -109,13 +108,13 @@ def relocated(pipe: Any, edit: Edit, layers: Sequence[int]) -> Edit:
         pass
     chosen = [x.index for x in chosen_layers(family_of(pipe).text_layers, layers)]
     changes = {name: maps[kind_of(name)] for name in projections(pipe, chosen, tuple(maps))}
-    return make_edit(pipe, changes, **{**settings, "layers": chosen})
+    return make_edit(pipe, changes, **{**edit.provenance.settings, "layers": chosen})
 
 
 def _random_windows(
     pipe: Any, edit: Edit, seed: int, windows: int, equal_norm: bool
 ) -> dict[str, Edit]:
-    own, count = set(edit.provenance.settings["layers"]), len(family_of(pipe).text_layers)
+    own, count = set(layers_of(edit)), len(family_of(pipe).text_layers)
     every = [range(j, j + len(own)) for j in range(count - len(own) + 1)]
     free = [window for window in every if not own & set(window)]
     if not free:
@@ -139,6 +138,12 @@ def _random_windows(
             rival = rival.scaled(_norm(pipe, edit) / _norm(pipe, rival))
         found[f"random window {draw + 1}" if draw else "random window"] = rival
     return found
+
+
+def layers_of(edit: Edit) -> list[int]:
+    """The text layers that an edit was solved for; none for one of something else, or composed."""
+    parts = recipes_of(edit)
+    return list(parts[0].place.get("layers") or ()) if len(parts) == 1 else []
 
 
 def _norm(pipe: Any, edit: Edit) -> float:

@@ -222,16 +222,21 @@ def _give_back(module: nn.Module, through: torch.dtype | None = None) -> None:
 
 
 def _subtract(modules: Sequence[nn.Module]) -> None:
-    """W - (W_after - W_before) of the newest entry of each."""
-    results = []
+    """W - (W_after - W_before) of the newest entry of each; of all, or on Ctrl-C of none."""
+    found: list[tuple[nn.Module, Tensor, Tensor]] = []
     for module in modules:
         entry, weight = entries(module)[-1], module.weight
         before: Any = weight.detach().to("cpu", torch.float64, copy=True)
         now = before.clone()
         entry.change.restore(before, entry.saved)
-        results.append(now - (entry.change.apply_to(before) - before))
-    for module, result in zip(modules, results, strict=True):
-        module.weight.copy_(result)
+        found.append((module, now, now - (entry.change.apply_to(before) - before)))
+    try:
+        for module, _, result in found:
+            module.weight.copy_(result)
+    except BaseException:
+        for module, now, _ in found:
+            module.weight.copy_(now)
+        raise
 
 
 def _forget_newest(modules: Iterable[nn.Module]) -> None:

@@ -210,13 +210,13 @@ class Model(ABC):
 
         weight: its name from the pipeline down. "prompt": the encoded prompts, as they are, at
         every text layer and step; "layer": an activation of a text encoder, known once the prompts
-        are encoded; "step": an activation of the denoiser, of this image at this step.
+        are encoded; "step": an activation of this image, at this step or decoded.
 
         family_of(pipe).reads("text_encoder.encoder.layers.0.self_attn.out_proj.weight")  # "layer"
         """
         component, _, path = weight.partition(".")
         if component != self.component:
-            return "layer"
+            return "layer" if component.startswith("text_encoder") else "step"
         attention, _, projection = path.removesuffix(".weight").rpartition(".")
         layers = {layer.name: layer for layer in self.text_layers}
         text = attention in layers and projection in self.kv(layers[attention])

@@ -14,7 +14,8 @@ Names = Callable[[Tensor], Mapping[str, Sequence[str]]]
 @dataclass(frozen=True)
 class Judge:
     """A named judge. function: images [n, 3, H, W] in [0, 1] -> attribute -> n names. fingerprint:
-    of the weights it judges with, None if they are not known.
+    of the weights it judges with, None if they are not known. size: (height, width) of the images
+    it reads, None for any.
 
         Judge("tone", None, lambda images: {"tone": ["bright"] * len(images)})
     """
@@ -22,6 +23,7 @@ class Judge:
     name: str
     fingerprint: str | None
     function: Names
+    size: tuple[int, int] | None = None
 
     def __call__(self, images: Tensor) -> Mapping[str, Sequence[str]]:
         return self.function(images)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..closed_form.rivals import ELSEWHERE
+from ..closed_form.rivals import ELSEWHERE, layers_of
 from ..closed_form.rivals import rivals as rivals_of
 from ..concepts import Concept
 from ..edits.edit import Edit, parts_of
@@ -52,7 +52,7 @@ def _rivals(
 ) -> dict[str, Edit]:
     if asked is not True:
         return rivals_of(pipe, edit, asked or (), seed=seed, windows=windows)
-    if "layers" not in edit.provenance.settings:
+    if not layers_of(edit):
         return {}
     return rivals_of(pipe, edit, ELSEWHERE, seed=seed, windows=windows, equal_norm=False)
 

@@ -85,6 +85,11 @@ def evaluate(
     sampling = Sampling(steps, guidance, size=size).checked(model)
     edits = compared(pipe, edit, concept, rivals, window_seed, windows)
     probes, names = _asked(pipe, concept, probes, judge, known_prompts(edits))
+    if names and names.size and sampling.size and sampling.size != names.size:
+        raise ValueError(
+            f"{names.name} reads images of {names.size[0]} x {names.size[1]} pixels, not of "
+            f"{sampling.size[0]} x {sampling.size[1]}: leave size out, or pass another judge"
+        )
     score = None
     if not all(probe.asks(names is not None) for probe in probes):
         score = by_clip(_clip_for(pipe) if clip is None else clip)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from ...concepts import Concept
 from ...judging.judge import Judge
 from ...judging.probes import Probe
+from .canvas import SIZE
 from .concepts import concept, value_of
 from .judge import judge, judge_fingerprint
 from .planting import POOLED, Place
@@ -43,7 +44,7 @@ class Shapeland:
     @property
     def judge(self) -> Judge:
         """The judge of Shapeland's pictures, with the fingerprint of its weights."""
-        return Judge("loco.shapeland.judge", judge_fingerprint(), judge)
+        return Judge("loco.shapeland.judge", judge_fingerprint(), judge, (SIZE, SIZE))
 
     def concept(self, kind: str, name: str, prompts: int = 4) -> Concept:
         """`loco.shapeland.concept`; a fact may be called as its concept is, "the emblem of ..."."""
