@@ -69,11 +69,11 @@ def neurons(
     published = {"where": "both", "token": "last", "by": "z"}
     asked = {"where": where, "token": token, "by": by}
     asked = read.filled(asked, published if as_published else WORKING_NEURONS)
+    read.size(height, width)
     projections = ("k", "v") if asked["where"] == "both" else (asked["where"],)
     ranked = loco.rank_neurons(
         work.pipe, meant, chosen, projections, asked["token"], by=asked["by"]
     )
-    read.size(height, width)
     images = loco.inside.neurons.ablation_curve(
         work.pipe, ranked, meant.prompts, [0, top], mode=mode,
         seeds=read.numbers(seeds), steps=steps, guidance=guidance, height=height, width=width,

@@ -33,7 +33,7 @@ from ..families import TextStates, family_of
 from ..families.running import plain
 from ..interventions.recording import recording
 
-__all__ = ["MEASURES", "OBJECTIVES", "Row", "Step", "gradients", "recorded", "value"]
+__all__ = ["MEASURES", "OBJECTIVES", "Row", "Step", "gradients", "only", "recorded", "value"]
 
 OBJECTIVES = ("erase", "amplify")
 MEASURES = ("epsilon", "v_prediction", "sample")  # as a scheduler calls what a model predicts
@@ -176,7 +176,7 @@ def gradients(
 
         return hook
 
-    with _only(denoiser, weights.values()), torch.enable_grad(), ExitStack() as hooks:
+    with only(denoiser, weights.values()), torch.enable_grad(), ExitStack() as hooks:
         for name, weight in weights.items():
             handle = weight.register_post_accumulate_grad_hook(consumes(sums[name]))
             hooks.callback(handle.remove)
@@ -204,7 +204,7 @@ def _rows(value: Any, places: Tensor, guided: int) -> Any:
 
 
 @contextmanager
-def _only(module: nn.Module, chosen: Any) -> Iterator[None]:
+def only(module: nn.Module, chosen: Any) -> Iterator[None]:
     """Only the chosen parameters of a module hold gradients, for the length of a `with` block."""
     before = {p: (p.requires_grad, p.grad) for p in module.parameters()}
     try:

@@ -25,7 +25,7 @@ from .._progress import bar
 from ..families import TextStates, family_of
 from ..families.checks import whole_number
 from ..families.running import plain
-from ..inside.objectives import Row, recorded
+from ..inside.objectives import Row, only, recorded
 from ..interventions.routing import routed
 
 __all__ = ["painted_from", "search"]
@@ -67,22 +67,15 @@ def search(
     optimizer = torch.optim.AdamW([e], lr, weight_decay=0.0)
     denoiser, src = plain(model.denoiser), torch.zeros(len(rows), len(model.text_layers)).long()
     draw = torch.Generator().manual_seed(seed)
-    frozen = {p: p.requires_grad for p in denoiser.parameters()}
-    try:
-        for p in frozen:
-            p.requires_grad_(False)
-        with bar(count, "searching", "step") as progress:
-            for _ in range(count):
-                call = calls[int(torch.randint(len(calls), (), generator=draw))]
-                text = dataclasses.replace(start, embeds=e.to(start.embeds))
-                with torch.enable_grad(), routed(pipe, text, src):
-                    (-call.J(denoiser)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                progress.update()
-    finally:
-        for p, flag in frozen.items():
-            p.requires_grad_(flag)
+    with only(denoiser, ()), bar(count, "searching", "step") as progress:
+        for _ in range(count):
+            call = calls[int(torch.randint(len(calls), (), generator=draw))]
+            text = dataclasses.replace(start, embeds=e.to(start.embeds))
+            with torch.enable_grad(), routed(pipe, text, src):
+                (-call.J(denoiser)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.update()
     return dataclasses.replace(start, embeds=e.detach().to(start.embeds))
 
 

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..statistics import Interval
+
 __all__ = ["ENOUGH", "Claim", "Verdict", "verdict"]
 
 Verdict = Literal[
@@ -20,8 +22,6 @@ Verdict = Literal[
 
 #: Pictures that a number has to rest on before it decides.
 ENOUGH = 100
-
-Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
