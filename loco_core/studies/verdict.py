@@ -48,7 +48,7 @@ class Claim:
 
 
 def verdict(
-    claim: Claim, interval: Interval | None, control: Interval | None = None, n: int = ENOUGH
+    claim: Claim, interval: Interval | None, control: Interval | None = None, n: int = 0
 ) -> Verdict:
     """Whether a number bears a claim out.
 
@@ -61,7 +61,8 @@ def verdict(
         not reproduced           the interval lies outside, or the difference lies below 0
 
     interval: (value, low, high) of the number. control: (value, low, high) of its difference to the
-    best control on the same pictures, positive = better than the control. n: pictures it rests on.
+    best control on the same pictures, positive = better than the control. n: pictures it rests on;
+    a number that does not say decides nothing.
     Raises ValueError for an interval whose ends do not hold its value.
 
     >>> verdict(Claim("it erases", "share gone", (0.9, 1.0)), (0.97, 0.93, 0.99), n=200)
